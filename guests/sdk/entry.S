@@ -1,0 +1,227 @@
+/* Where the CPU enters the guest: the first entry, the dispatch of a call, and the exceptions.
+ *
+ * Everything in .kernel.text stays at CPL 0. Only integer instructions of kvm-hosts.md 2.6 occur in it.
+ *
+ * SPDX-License-Identifier: Apache-2.0
+ */
+#include "kernel.h"
+
+        .cfi_sections .debug_frame
+
+/* The version note, byte for byte abi.md 4.7: Rust hosts compare it with their own version. */
+        .section .note.hyperlight-version, "a", @note
+        .balign 8
+        .long 11, 7, 1
+        .asciz "Hyperlight"
+        .balign 4
+        .asciz "0.14.0"
+        .balign 8
+
+        .section .kernel.text, "ax", @progbits
+
+/* First entry (abi.md 6.3): rdi PEB, rsi seed, rdx page size, rcx log level. The stack is the exception
+ * stack, and nothing outside scratch is writable until hl_kernel_init has installed the page-fault handler. */
+        .global entrypoint
+        .type entrypoint, @function
+entrypoint:
+        .cfi_startproc
+        .cfi_undefined rip
+        mov     %rdi, %rbx
+        mov     %rsi, %rbp
+        mov     %rdx, %r12
+        mov     %rcx, %r13
+        sub     $8, %rsp
+        call    hl_kernel_init
+        movabs  $HL_MAIN_STACK_TOP, %rsp
+        mov     %rbx, %rdi
+        mov     %rbp, %rsi
+        mov     %r12, %rdx
+        mov     %r13, %rcx
+        xor     %ebp, %ebp
+        call    hl_runtime_init
+        lea     hl_dispatch(%rip), %rax         /* published in RAX, as the stack is in RSP */
+        jmp     halt
+        .cfi_endproc
+        .size entrypoint, . - entrypoint
+
+/* One guest call (abi.md 6.4). ZF asks for a TLB flush, and must be tested before the stack is touched. */
+        .global hl_dispatch
+        .type hl_dispatch, @function
+hl_dispatch:
+        .cfi_startproc
+        .cfi_undefined rip
+        jnz     1f
+        mov     %cr4, %rax
+        xor     $0x80, %rax                     /* toggling CR4.PGE drops every translation */
+        mov     %rax, %cr4
+        xor     $0x80, %rax
+        mov     %rax, %cr4
+1:      call    hl_runtime_dispatch
+halt:   out     %eax, $HL_PORT_HALT
+        cli
+        hlt
+        jmp     halt
+        .cfi_endproc
+        .size hl_dispatch, . - hl_dispatch
+
+/* One stub per vector, HL_VECTOR_STUB_SIZE apart. Each makes the stack look the same: error code, vector. */
+        .global hl_vector_stubs
+        .balign HL_VECTOR_STUB_SIZE
+hl_vector_stubs:
+        .set    vector, 0
+        .rept   HL_VECTOR_COUNT
+        .balign HL_VECTOR_STUB_SIZE
+        .if vector == 14
+        jmp     page_fault
+        .else
+        .if vector != 8 && vector != 17 && vector != 30 && (vector < 10 || vector > 14)
+        push    $0
+        .endif
+        push    $vector
+        jmp     exception
+        .endif
+        .set    vector, vector + 1
+        .endr
+
+/* Page faults that the kernel part resolves itself save only what a C function may change. */
+        .type page_fault, @function
+page_fault:
+        push    %rax
+        push    %rcx
+        push    %rdx
+        push    %rsi
+        push    %rdi
+        push    %r8
+        push    %r9
+        push    %r10
+        push    %r11
+        mov     72(%rsp), %rdi                  /* the error code */
+        sub     $8, %rsp
+        cld
+        call    hl_kernel_page_fault
+        test    %al, %al
+        lea     8(%rsp), %rsp                   /* from here to the jump nothing changes ZF */
+        pop     %r11
+        pop     %r10
+        pop     %r9
+        pop     %r8
+        pop     %rdi
+        pop     %rsi
+        pop     %rdx
+        pop     %rcx
+        pop     %rax
+        jz      1f
+        add     $8, %rsp
+        iretq
+1:      push    $14
+        jmp     exception
+        .size page_fault, . - page_fault
+
+        .macro save_frame
+        push    %rax
+        push    %rbx
+        push    %rcx
+        push    %rdx
+        push    %rsi
+        push    %rdi
+        push    %rbp
+        push    %r8
+        push    %r9
+        push    %r10
+        push    %r11
+        push    %r12
+        push    %r13
+        push    %r14
+        push    %r15
+        sub     $512, %rsp
+        fxsave  (%rsp)
+        mov     %es, %eax
+        push    %rax
+        push    %fs
+        push    %gs
+        mov     %ds, %eax
+        push    %rax
+        .endm
+
+/* The segment registers are left alone: nothing changes them, and a load would clear FS and GS base. */
+        .macro restore_frame_and_return
+        fxrstor HL_FRAME_FXSAVE(%rsp)
+        add     $HL_FRAME_FXSAVE + 512, %rsp
+        pop     %r15
+        pop     %r14
+        pop     %r13
+        pop     %r12
+        pop     %r11
+        pop     %r10
+        pop     %r9
+        pop     %r8
+        pop     %rbp
+        pop     %rdi
+        pop     %rsi
+        pop     %rdx
+        pop     %rcx
+        pop     %rbx
+        pop     %rax
+        add     $16, %rsp                       /* vector and error code */
+        iretq
+        .endm
+
+/* Every other exception: the frame of abi.md 11.4, for the guest's own handler or for the abort text. */
+        .type exception, @function
+exception:
+        save_frame
+        mov     %rsp, %rdi
+        cld
+        call    hl_kernel_exception             /* returns if the frame now leads to the upcall */
+        restore_frame_and_return
+        .size exception, . - exception
+
+        .text
+
+/* The guest's own exception handler runs here, on the interrupted stack and privilege, as a signal handler
+ * would: edi vector, rsi and rsp the copied frame, rdx the faulting address. It may fault in its turn. */
+        .global hl_exception_upcall
+        .type hl_exception_upcall, @function
+hl_exception_upcall:
+        mov     %rdx, %rbx
+        call    hl_runtime_exception
+        test    %al, %al
+        jz      1f
+        restore_frame_and_return
+1:      mov     %rsp, %rdi
+        mov     %rbx, %rsi
+        call    hl_kernel_abort_exception
+        .size hl_exception_upcall, . - hl_exception_upcall
+
+/* Floating-point arguments and results pass through the runtime as integers. These four adaptors use only the
+ * SSE moves that an emulated CPL 0 knows, so that a float can be handed on wherever it comes from. */
+        .macro float_argument name, target, register
+        .global \name
+        .type \name, @function
+\name:  sub     $24, %rsp
+        movups  %xmm0, (%rsp)
+        mov     (%rsp), \register
+        add     $24, %rsp
+        jmp     \target
+        .size \name, . - \name
+        .endm
+
+        .macro float_result name, target
+        .global \name
+        .type \name, @function
+\name:  sub     $24, %rsp
+        call    \target
+        mov     %rax, (%rsp)
+        movq    $0, 8(%rsp)
+        movups  (%rsp), %xmm0
+        add     $24, %rsp
+        ret
+        .size \name, . - \name
+        .endm
+
+        float_argument hl_flatbuffer_result_from_Float, hl_flatbuffer_result_from_FloatBits, %edi
+        float_argument hl_flatbuffer_result_from_Double, hl_flatbuffer_result_from_DoubleBits, %rdi
+        float_result hl_get_host_return_value_as_Float, hl_get_host_return_value_as_FloatBits
+        float_result hl_get_host_return_value_as_Double, hl_get_host_return_value_as_DoubleBits
+
+        .section .note.GNU-stack, "", @progbits

@@ -1,0 +1,93 @@
+/* The contract between the kernel part (entry.S, kernel.c) and the runtime (everything else).
+ *
+ * The kernel part owns the descriptor tables, the page tables and the exception stack. It keeps no
+ * writable data and calls nothing of the runtime, so that its pages can stay supervisor-only when
+ * the rest moves to CPL 3. Numbers are abi.md's: 1.1, 1.4, 5.1, 8 and 11.4.
+ *
+ * SPDX-License-Identifier: Apache-2.0
+ */
+#ifndef HYPERLIGHT_KERNEL_H
+#define HYPERLIGHT_KERNEL_H
+
+#define HL_PAGE_SIZE 0x1000
+#define HL_MAIN_STACK_TOP 0xFFFFFF0000000000
+#define HL_VECTOR_COUNT 48       /* 0..31 the CPU's exceptions, 32..47 the interrupt controller's */
+#define HL_VECTOR_STUB_SIZE 16
+#define HL_FRAME_FXSAVE 0x20     /* offset of the FXSAVE image in the frame below */
+
+#define HL_PORT_LOG 99
+#define HL_PORT_CALL 101
+#define HL_PORT_ABORT 102
+#define HL_PORT_DEBUG_PRINT 103
+#define HL_PORT_HALT 108
+
+#ifndef __ASSEMBLER__
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* What an exception leaves on the stack, ascending. Bytes 0x298.. of the ABI are padding: the stubs
+ * keep the vector there. */
+struct hl_ExceptionFrame {
+    uint64_t ds, gs, fs, es;
+    uint8_t fxsave[512];
+    uint64_t r15, r14, r13, r12, r11, r10, r9, r8, rbp, rdi, rsi, rdx, rcx, rbx, rax;
+    uint64_t vector, error_code, rip, cs, rflags, rsp, ss;
+};
+_Static_assert(offsetof(struct hl_ExceptionFrame, error_code) == 0x2A0, "abi.md 11.4");
+
+/* Kernel services. Plain calls while everything runs at CPL 0. */
+void hl_kernel_map(uint64_t gva, uint64_t gpa, uint64_t size, unsigned flags);
+bool hl_kernel_is_mapped(uint64_t gva);
+void hl_kernel_enable_vector(unsigned vector);
+_Noreturn void hl_kernel_abort_exception(const struct hl_ExceptionFrame *frame, uint64_t address);
+
+/* What the kernel part needs of the runtime: where to go, which vectors it wants to see, and where FS points.
+ * C libraries are built to find themselves and their stack-protector canary (at 0x28) through FS. */
+void hl_runtime_init(const void *peb, uint64_t seed, uint64_t page_size, uint64_t log_level);
+void hl_runtime_dispatch(void);
+void hl_exception_upcall(void);
+extern uint64_t hl_handled_vectors;
+extern struct hl_ThreadBlock {
+    struct hl_ThreadBlock *self;
+    uint64_t reserved[4], canary, rest[26];
+} hl_thread_block;
+
+static inline void hl_port_out32(uint16_t port, uint32_t value) {
+    __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+/* The abort stream of abi.md 8.2: up to three bytes travel in one OUT. */
+struct hl_AbortStream {
+    uint32_t word;    /* the pending bytes, the first in bits 8..15 */
+    uint32_t count;
+};
+
+static inline void hl_abort_flush(struct hl_AbortStream *stream) {
+    if (stream->count != 0)
+        hl_port_out32(HL_PORT_ABORT, stream->word | stream->count);
+    *stream = (struct hl_AbortStream){0};
+}
+
+static inline void hl_abort_byte(struct hl_AbortStream *stream, uint8_t byte) {
+    stream->count++;
+    stream->word |= (uint32_t)byte << (8 * stream->count);
+    if (stream->count == 3)
+        hl_abort_flush(stream);
+}
+
+static inline void hl_abort_text(struct hl_AbortStream *stream, const char *text) {
+    while (*text != '\0')
+        hl_abort_byte(stream, (uint8_t)*text++);
+}
+
+/* Sends what is pending and the terminator. The host does not resume the guest. */
+_Noreturn static inline void hl_abort_end(struct hl_AbortStream *stream) {
+    hl_abort_flush(stream);
+    hl_abort_byte(stream, 0xFF);
+    hl_abort_flush(stream);
+    for (;;)
+        hl_port_out32(HL_PORT_HALT, 0);
+}
+#endif
+#endif

@@ -1,0 +1,2069 @@
+"""Run untrusted code in a micro-VM: the Hyperlight host, release 0.14.0, in pure Python.
+
+Usage::
+
+    from hyperlight import Int, UninitializedSandbox
+
+    with UninitializedSandbox("simpleguest") as uninitialized:
+        uninitialized.register("HostAdd", lambda a, b: a + b)
+        with uninitialized.evolve() as sandbox:
+            print(sandbox.call("Echo", "hi", returns=str))
+            before = sandbox.snapshot()
+            print(sandbox.call("Add", 1, 41, returns=Int))
+            sandbox.restore(before)
+
+A guest is an ELF that owns nothing but memory and one virtual CPU: no kernel, no devices. The host
+calls functions in it and offers it functions in return; everything the guest says is checked before
+it is used. Life cycle: ``UninitializedSandbox`` (memory laid out, no VM yet) → ``evolve()`` (the VM
+runs the guest's own initialisation) → ``MultiUseSandbox`` (calls, snapshots, restores) → ``close()``.
+
+What this is not: a machine monitor for operating systems (no devices, no firmware, one vCPU), nor a
+boundary for host functions: what you register, the guest may call.
+
+Sources: spec/abi.md (what host and guest say to each other), spec/features.md (what the host does),
+Documentation/virt/kvm/api.rst of the Linux kernel (what KVM does).
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import dataclasses
+import enum
+import errno
+import functools
+import inspect
+import itertools
+import logging
+import os
+import platform
+import re
+import signal
+import struct
+import sys
+import threading
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import kvm_abi
+import memory
+from kvm_abi import Cap, Cr0, Cr4, Efer, KvmExit, Rflags
+from memory import (
+    BASE_ADDRESS,
+    PAGE_SIZE,
+    Double,
+    ErrorCode,
+    Float,
+    GuestElf,
+    GuestLogLevel,
+    HyperlightError,
+    Int,
+    IoStackError,
+    LayoutError,
+    Long,
+    MemoryRegionFlags,
+    ParameterType,
+    ReturnType,
+    SandboxMemoryLayout,
+    SharedMemory,
+    UInt,
+    ULong,
+)
+
+__version__ = "0.14.0"
+
+KVM_PATH = "/dev/kvm"
+TRACE = 5
+"""The ``logging`` level below DEBUG that guest records of level Trace get."""
+
+_logger = logging.getLogger("hyperlight")
+_guest_logger = logging.getLogger("hyperlight_guest")
+_logger.addHandler(logging.NullHandler())
+
+StrPath = typing.Union[str, "os.PathLike[str]"]
+
+# ======================================================================================
+# Errors
+# ======================================================================================
+
+
+class NoHypervisorFound(HyperlightError):
+    """There is no usable KVM here; the message says what to do about it."""
+
+
+class KvmError(HyperlightError, OSError):
+    """The kernel refused an ioctl. ``ioctl`` is its name, ``errno`` the reason."""
+
+    def __init__(self, error: kvm_abi.KvmError) -> None:
+        super().__init__(error.errno, str(error))
+        self.ioctl = error.ioctl
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class GuestBinaryNotFound(HyperlightError, OSError):
+    """The guest's file cannot be read. ``filename`` and ``errno`` are those of the attempt."""
+
+    def __str__(self) -> str:
+        return f"GuestBinary not found: '{self.filename}': {self.strerror} (os error {self.errno})"
+
+
+class GuestError(HyperlightError):
+    """A guest function answered with an error; the sandbox stays usable (abi.md 11.1).
+
+    ``code`` is an ``ErrorCode``, ``message`` the guest's text. Where a host function's exception led
+    to it, that exception is the ``__cause__``.
+    """
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"Guest error occurred {self.code.name}: {self.message}"
+
+
+class ReturnValueConversionFailure(HyperlightError, TypeError):
+    """The guest returned a value of another type than the caller asked for."""
+
+
+class UnexpectedNoOfArguments(HyperlightError, TypeError):
+    """A function was called with the wrong number of arguments."""
+
+
+class ParameterValueConversionFailure(HyperlightError, TypeError):
+    """A parameter is not of the type that the function declared."""
+
+
+class HostFunctionNotFound(HyperlightError, LookupError):
+    """The guest called a host function that nobody registered. ``name`` is what it asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"HostFunction {name} was not found")
+        self.name = name
+
+
+class GuestFunctionCallAlreadyInProgress(HyperlightError):
+    """A host function used the very sandbox whose guest is waiting for it."""
+
+
+class SandboxClosed(HyperlightError):
+    """The sandbox was closed, or consumed by ``evolve()``."""
+
+
+class PoisonedSandbox(HyperlightError):
+    """The last call left the guest in an unknown state: ``restore()`` a snapshot first."""
+
+    def __init__(self) -> None:
+        super().__init__("The sandbox was poisoned: restore a snapshot before using it again")
+
+
+class UnrecoverableSandbox(HyperlightError):
+    """A restore failed while memory was being replaced; the sandbox can only be closed."""
+
+    def __init__(self) -> None:
+        super().__init__("The sandbox is unrecoverable: a restore failed half-way; close it and make another")
+
+
+class SnapshotHostFunctionMismatch(HyperlightError):
+    """The snapshot's guest may call host functions that this sandbox lacks or types differently."""
+
+
+class SnapshotMismatch(HyperlightError):
+    """The snapshot does not fit this sandbox; nothing was touched."""
+
+
+class MapRegionError(HyperlightError, ValueError):
+    """A file or region cannot be mapped there; the message says why."""
+
+
+class GuestFailure(HyperlightError):
+    """The guest's run ended badly and the sandbox is poisoned.
+
+    ``registers`` holds the vCPU's general registers by name (``rip`` among them), or {} where they
+    could not be read.
+    """
+
+    registers: Mapping[str, int] = {}
+
+
+class ExecutionCanceledByHost(GuestFailure):
+    """``InterruptHandle.kill()`` ended the call."""
+
+    def __init__(self) -> None:
+        super().__init__("Execution was cancelled by the host.")
+
+
+class GuestAborted(GuestFailure):
+    """The guest gave up through port 102 (abi.md 8.2): an abort, a panic or a CPU exception.
+
+    ``code`` is an ``ErrorCode`` value (0..254), ``message`` the guest's text. For a CPU exception,
+    ``vector``, ``instruction`` (gva), ``address`` (gva, of a page fault) and ``error_code`` are set
+    and ``registers`` are those of the interrupted code; otherwise they are None.
+    """
+
+    vector: int | None = None
+    instruction: int | None = None
+    address: int | None = None
+    error_code: int | None = None
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"Guest aborted: {self.code} {self.message}"
+
+
+class MemoryAccessViolation(GuestFailure):
+    """The guest used mapped memory in a way that its flags do not allow (abi.md 17).
+
+    ``address`` is a gpa, ``tried`` and ``flags`` are ``MemoryRegionFlags``.
+    """
+
+    def __init__(self, address: int, tried: MemoryRegionFlags, flags: MemoryRegionFlags) -> None:
+        super().__init__(
+            f"Memory Access Violation at address {address:#x} of type {tried}, "
+            f"but memory is marked as {flags}"
+        )
+        self.address = address
+        self.tried = tried
+        self.flags = flags
+
+
+class HyperlightVmError(GuestFailure):
+    """The virtual machine stopped in a way that no guest should. ``detail`` says how."""
+
+    stage = "Dispatch guest call error: Failed to run vm"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"Internal Hyperlight VM error: {self.stage}: {self.detail}"
+
+
+class InitializeError(HyperlightVmError):
+    """The guest's own initialisation failed; there is no sandbox. The ``__cause__`` says more."""
+
+    stage = "Initialize error"
+
+
+class MmioReadUnmapped(HyperlightVmError):
+    """The guest read a guest-physical address where there is no memory. ``gpa`` is that address."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(f"MMIO READ access to unmapped address {gpa:#x}")
+        self.gpa = gpa
+
+
+class MmioWriteUnmapped(HyperlightVmError):
+    """The guest wrote a guest-physical address without writable memory. ``gpa`` is that address."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(f"MMIO WRITE access to unmapped address {gpa:#x}")
+        self.gpa = gpa
+
+
+class UnexpectedVmExit(HyperlightVmError):
+    """KVM left the guest for a reason that has no meaning in the ABI (a triple fault, an IN ...)."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"Unexpected VM exit: {what}")
+
+
+class EmulationFailure(UnexpectedVmExit):
+    """This KVM emulates guest code and cannot do an instruction.
+
+    ``instruction`` holds its bytes as far as KVM reports them, ``rip`` its address (gva).
+    """
+
+    def __init__(self, instruction: bytes, rip: int) -> None:
+        shown = instruction.hex(" ") or "unknown"
+        super().__init__(
+            f"KVM cannot emulate the instruction at {rip:#x} (bytes {shown}). This KVM emulates code at "
+            "CPL 0, without SSE, AVX and x87: run a user-mode guest here, or this one on a KVM with hardware "
+            "virtualisation ('hyperlight doctor' tells)"
+        )
+        self.instruction = instruction
+        self.rip = rip
+
+
+class HandleIoError(HyperlightVmError):
+    """What the guest asked for through a port cannot be done."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"IO handling error: {detail}")
+
+
+class InvalidPort(HandleIoError):
+    """The guest wrote to a port that means nothing here. ``port`` is its number."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(f"Invalid outb port: Invalid OutBAction value: {port}")
+        self.port = port
+
+
+# ======================================================================================
+# Configuration
+# ======================================================================================
+
+_MIN_IO_BUFFER_SIZE = 0x2000
+_DEFAULT_HEAP_SIZE = 0x20000
+
+
+@dataclasses.dataclass(frozen=True)
+class SandboxConfiguration:
+    """Sizes and options of a sandbox; sizes in bytes, defaults and minima of 0.14 (abi.md 2).
+
+    ``input_data_size``, ``output_data_size``: the two message buffers; below 0x2000 is raised to it.
+    ``heap_size``: 0 means the default of 128 KiB. ``scratch_size``: page tables, stack and, with
+    ``copy_on_write="guest"``, every page the guest writes; a multiple of 4096.
+    ``copy_on_write``: "guest" is 0.14's way (the guest's page-fault handler copies into scratch),
+    "host" lets this machine's kernel copy at the first write; no guest can tell.
+    ``guest_log_level``: the most detailed level that the guest sends, "off", "error", "warn", "info",
+    "debug", "trace" or 0 to 5; None asks ``RUST_LOG``.
+    ``interrupt_vcpu_sigrtmin_offset``: the signal SIGRTMIN + offset wakes the vCPU's thread.
+
+    Raises ``LayoutError`` for a size that is not a whole number and ``HyperlightError`` for an
+    option out of range. Whether the sizes fit together is checked when a sandbox is made.
+    """
+
+    input_data_size: int = 0x4000
+    output_data_size: int = 0x4000
+    heap_size: int = _DEFAULT_HEAP_SIZE
+    scratch_size: int = 0x48000
+    copy_on_write: Literal["guest", "host"] = "host"
+    executable_heap: bool = False
+    guest_log_level: int | str | None = None
+    interrupt_vcpu_sigrtmin_offset: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("input_data_size", "output_data_size", "heap_size", "scratch_size"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise LayoutError(f"{name} must be a number of bytes, 0 or more, not {size!r}")
+        set_field = functools.partial(object.__setattr__, self)  # the dataclass is frozen
+        set_field("input_data_size", max(self.input_data_size, _MIN_IO_BUFFER_SIZE))
+        set_field("output_data_size", max(self.output_data_size, _MIN_IO_BUFFER_SIZE))
+        set_field("heap_size", self.heap_size or _DEFAULT_HEAP_SIZE)
+        if self.copy_on_write not in ("guest", "host"):
+            raise HyperlightError(f'copy_on_write must be "guest" or "host", not {self.copy_on_write!r}')
+        if not 0 <= self.interrupt_vcpu_sigrtmin_offset <= signal.SIGRTMAX - signal.SIGRTMIN:
+            raise HyperlightError(
+                f"Invalid SIGRTMIN offset: {self.interrupt_vcpu_sigrtmin_offset}. "
+                "It exceeds the maximum real-time signal number."
+            )
+        if self.guest_log_level is not None:
+            set_field("guest_log_level", _guest_log_level(self.guest_log_level))
+
+
+@dataclasses.dataclass(frozen=True)
+class GuestEnvironment:
+    """A guest together with its init data: a blob that the guest finds in its memory (abi.md 3).
+
+    ``guest`` is a path, the name of a guest that came with this library, or the ELF's bytes.
+    ``init_data_flags`` are the guest's rights; pages are always readable.
+    """
+
+    guest: StrPath | bytes
+    init_data: bytes = b""
+    init_data_flags: MemoryRegionFlags = MemoryRegionFlags.READ
+
+
+_GUEST_LOG_LEVELS = ("off", "error", "warn", "info", "debug", "trace")
+
+
+def _guest_log_level(level: int | str) -> int:
+    text = str(level).strip().lower()
+    if text in _GUEST_LOG_LEVELS:
+        return _GUEST_LOG_LEVELS.index(text)
+    if text in tuple("012345"):
+        return int(text)
+    names = ", ".join(_GUEST_LOG_LEVELS)
+    raise HyperlightError(f"a guest's log level is one of {names} or 0 to 5, not {level!r}")
+
+
+def guest_log_level_from(rust_log: str) -> int:
+    """Return the guest's log level, 0 (off) to 5 (trace), that a ``RUST_LOG`` text asks for (abi.md 2)."""
+    parts = [part.strip() for part in rust_log.split(",")]
+    targets = [part.split("=", 1) for part in parts if "=" in part]
+    wanted = [level for target, level in targets if "hyperlight_guest" in target]
+    wanted += [level for target, level in targets if "hyperlight_host" in target]
+    wanted += [part for part in parts if "=" not in part]
+    try:
+        return _guest_log_level(wanted[0] if wanted else "error")
+    except HyperlightError:
+        return _guest_log_level("error")
+
+
+def find_guest(guest: StrPath) -> str:
+    """Return the path of *guest*: a file, or else the name of a guest that came with this library.
+
+    Raises ``GuestBinaryNotFound`` where it is neither.
+    """
+    path = os.fspath(guest)
+    if not os.path.exists(path) and os.sep not in path:
+        for directory in _PREBUILT_GUESTS:
+            if os.path.isfile(prebuilt := os.path.join(directory, path)):
+                return prebuilt
+    return path
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_PREBUILT_GUESTS = (  # in a checkout or a vendored copy; where pip puts them
+    os.path.join(_HERE, "guests", "bin"),
+    os.path.join(_HERE, "hyperlight_guests", "bin"),
+)
+
+
+def _read_guest(guest: StrPath | bytes) -> GuestElf:
+    if isinstance(guest, (bytes, bytearray, memoryview)):
+        return GuestElf.parse(bytes(guest))
+    path = find_guest(guest)
+    try:
+        path = os.path.realpath(path, strict=True)
+        with open(path, "rb") as file:
+            return GuestElf.parse(file.read(), path=path)
+    except OSError as error:
+        raise GuestBinaryNotFound(error.errno, error.strerror, path) from error
+
+
+# ======================================================================================
+# Types on the wire, and the functions that a host offers
+# ======================================================================================
+
+_RETURN_TYPE_OF = {kind: ReturnType[kind.name] for kind in ParameterType}
+_PARAMETER_TYPE_OF = {returned: kind for kind, returned in _RETURN_TYPE_OF.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class WireType:
+    """What a Python annotation means on the wire: the types it accepts, and the one it asks for."""
+
+    name: str
+    accepts: frozenset[ParameterType]
+    """As an argument."""
+    returns: frozenset[ReturnType]
+    """As a result."""
+    asks_for: ReturnType
+    """What a call tells the guest to expect."""
+
+    @classmethod
+    def of(cls, name: str, *kinds: ParameterType) -> WireType:
+        """Make the type that takes and returns any of *kinds*, and asks for the first."""
+        returns = [_RETURN_TYPE_OF[kind] for kind in kinds]
+        return cls(name, frozenset(kinds), frozenset(returns), returns[0])
+
+
+_VOID = WireType("Void", frozenset(), frozenset({ReturnType.Void}), ReturnType.Void)
+_ANYTHING = WireType("Any", frozenset(ParameterType), frozenset(ReturnType), ReturnType.Int)
+
+_WIRE_TYPES: dict[Any, WireType] = {
+    Int: WireType.of("Int", ParameterType.Int),
+    UInt: WireType.of("UInt", ParameterType.UInt),
+    Long: WireType.of("Long", ParameterType.Long),
+    ULong: WireType.of("ULong", ParameterType.ULong),
+    Float: WireType.of("Float", ParameterType.Float),
+    Double: WireType.of("Double", ParameterType.Double),
+    int: WireType.of("int", ParameterType.Int, ParameterType.UInt, ParameterType.Long, ParameterType.ULong),
+    float: WireType.of("float", ParameterType.Double, ParameterType.Float),
+    str: WireType.of("String", ParameterType.String),
+    bool: WireType.of("Bool", ParameterType.Bool),
+    bytes: WireType.of("VecBytes", ParameterType.VecBytes),
+    None: _VOID,
+    type(None): _VOID,
+    Any: _ANYTHING,
+    inspect.Parameter.empty: _ANYTHING,
+}
+
+
+def _wire_type(annotation: Any) -> WireType:
+    with contextlib.suppress(KeyError, TypeError):  # TypeError: an unhashable annotation
+        return _WIRE_TYPES[annotation]
+    raise HyperlightError(
+        f"{annotation!r} is not a type that can travel: use Int, UInt, Long, ULong, Float, Double, "
+        "int, float, str, bool, bytes, or None as a return type"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFunction:
+    """A Python function that guests may call, with the wire types of its parameters and result.
+
+    ``parameters`` is None where the function takes any number of anything.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    parameters: tuple[WireType, ...] | None
+    returns: WireType
+
+    MAX_PARAMETERS: ClassVar[int] = 32
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        function: Callable[..., Any],
+        parameters: Sequence[Any] | None = None,
+        returns: Any = inspect.Parameter.empty,
+    ) -> HostFunction:
+        """Take the types from *parameters* and *returns* where given, else from the annotations.
+
+        What has no annotation accepts any type and returns what the guest expects. Raises
+        ``HyperlightError`` for a type that cannot travel or more than 32 parameters.
+        """
+        if not isinstance(name, str) or not name:
+            raise HyperlightError(f"a host function needs a name, not {name!r}")
+        if not callable(function):
+            raise HyperlightError(f"{name}: {function!r} is not callable")
+        annotated, annotated_return = _annotations(name, function)
+        if parameters is not None:
+            annotated = list(parameters)
+        if returns is inspect.Parameter.empty:
+            returns = annotated_return
+        if annotated is not None and len(annotated) > cls.MAX_PARAMETERS:
+            raise HyperlightError(f"{name} has {len(annotated)} parameters; a host function has at most 32")
+        types = None if annotated is None else tuple(_wire_type(each) for each in annotated)
+        return cls(name, function, types, _wire_type(returns))
+
+    @property
+    def signature(self) -> tuple[tuple[str, ...] | None, str]:
+        """The names of the parameter types (None: any number of any) and of the return type."""
+        names = None if self.parameters is None else tuple(each.name for each in self.parameters)
+        return names, self.returns.name
+
+    def call(self, arguments: Sequence[tuple[ParameterType, Any]], expected: ReturnType) -> bytes:
+        """Call the function with decoded *arguments* and encode its result as the guest *expected*.
+
+        Raises whatever the function raises, and ``UnexpectedNoOfArguments`` or
+        ``ParameterValueConversionFailure`` before it is called.
+        """
+        if self.parameters is not None:
+            if len(arguments) != len(self.parameters):
+                raise UnexpectedNoOfArguments(
+                    "The number of arguments to the function is wrong: "
+                    f"got {len(arguments)} expected {len(self.parameters)}"
+                )
+            for (kind, value), declared in zip(arguments, self.parameters, strict=True):
+                if kind not in declared.accepts:
+                    raise _not_convertible(kind, value, declared)
+        result = self.function(*[value for _, value in arguments])
+        return memory.encode_return_value(self._return_type(result, expected), result)
+
+    def _return_type(self, result: Any, expected: ReturnType) -> ReturnType:
+        """Choose the wire type of *result*: the declared one, or of several possible the expected one."""
+        if len(self.returns.returns) == 1:
+            return self.returns.asks_for
+        if result is None and self.returns is _ANYTHING:
+            return ReturnType.Void
+        natural = memory.wire_type_of(result)
+        for family in (_WIRE_TYPES[int], _WIRE_TYPES[float]):
+            if natural in family.accepts and expected in family.returns:
+                return expected
+        return _RETURN_TYPE_OF[natural]
+
+
+def _annotations(name: str, function: Callable[..., Any]) -> tuple[list[Any] | None, Any]:
+    """Return the annotations of *function*'s positional parameters (None: any number) and result."""
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except ValueError:  # a builtin without a signature
+        return None, inspect.Parameter.empty
+    except (NameError, TypeError, SyntaxError) as error:
+        raise HyperlightError(f"{name}: its annotations cannot be read: {error}") from error
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None, signature.return_annotation
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    annotations = [each.annotation for each in signature.parameters.values() if each.kind in positional]
+    return annotations, signature.return_annotation
+
+
+class HostFunctions(Mapping[str, HostFunction]):
+    """The functions that a host offers, by name; independent of any sandbox.
+
+    A new set holds ``HostPrint``, which writes to standard output; ``HostFunctions.empty()`` holds
+    nothing. Registering a name again replaces it.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[str, HostFunction] = {}
+        self.register("HostPrint", _print_to_stdout)
+
+    @classmethod
+    def empty(cls) -> HostFunctions:
+        """Return a set without even ``HostPrint``."""
+        functions = cls()
+        del functions._functions["HostPrint"]
+        return functions
+
+    def register(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        parameters: Sequence[Any] | None = None,
+        returns: Any = inspect.Parameter.empty,
+    ) -> None:
+        """Offer *function* to guests under *name*; see ``HostFunction.of`` for the types."""
+        self._functions[name] = HostFunction.of(name, function, parameters, returns)
+
+    def __getitem__(self, name: str) -> HostFunction:
+        return self._functions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def copy(self) -> HostFunctions:
+        """Return a set with the same functions that can be changed on its own."""
+        functions = HostFunctions.empty()
+        functions._functions.update(self._functions)
+        return functions
+
+
+def _print_to_stdout(text: str) -> Int:
+    """Print as 0.14's HostPrint does: green on a terminal; return the length in bytes."""
+    green = sys.stdout.isatty()
+    sys.stdout.write(f"\x1b[32m{text}\x1b[0m" if green else text)
+    sys.stdout.flush()
+    return Int(len(text.encode()))
+
+
+# ======================================================================================
+# Sandboxes
+# ======================================================================================
+
+
+class UninitializedSandbox:
+    """A guest whose memory is laid out and whose own initialisation has not run; there is no VM yet.
+
+    *guest* is a path, the name of a guest that came with this library ("hello"), the ELF's bytes or a
+    ``GuestEnvironment``. Raises ``GuestBinaryNotFound``, ``ElfError``, ``GuestBinVersionMismatch``,
+    ``MemoryRequestTooBig`` or ``MemoryRequestTooSmall``.
+    """
+
+    def __init__(
+        self, guest: StrPath | bytes | GuestEnvironment, config: SandboxConfiguration | None = None
+    ) -> None:
+        environment = guest if isinstance(guest, GuestEnvironment) else GuestEnvironment(guest)
+        self._config = config or SandboxConfiguration()
+        self._snapshot: Snapshot | None = _image_of(environment, self._config)
+        self._functions = HostFunctions()
+        self._files: list[_FileMapping] = []
+
+    def register(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        parameters: Sequence[Any] | None = None,
+        returns: Any = inspect.Parameter.empty,
+    ) -> None:
+        """Offer *function* to the guest under *name*, replacing what had that name.
+
+        Types come from *parameters* (0 to 32 of them) and *returns*, or from the function's annotations.
+        """
+        self._functions.register(name, function, parameters, returns)
+
+    def map_file_cow(self, path: StrPath, gpa: int, label: str | None = None) -> int:
+        """Show the file at *path* to the guest at *gpa* from its initialisation on.
+
+        As ``MultiUseSandbox.map_file_cow``, for at most 32 files; ``evolve()`` finds overlaps.
+        """
+        if len(self._files) >= _FileMapping.MAX_PENDING:
+            raise MapRegionError(f"at most {_FileMapping.MAX_PENDING} files can be mapped before evolve()")
+        file = _FileMapping(path, gpa, label)
+        self._files.append(file)
+        return file.size
+
+    def snapshot(self) -> Snapshot:
+        """Return the guest as it is before its initialisation; ``from_snapshot`` starts from there."""
+        if self._snapshot is None:
+            raise SandboxClosed("this sandbox was closed or evolved")
+        return self._snapshot
+
+    def evolve(self) -> MultiUseSandbox:
+        """Create the VM, run the guest's initialisation and return the sandbox that takes calls.
+
+        This object is used up, whether or not it succeeds. Raises ``NoHypervisorFound``,
+        ``InitializeError`` (cause chained), ``KvmError``.
+        """
+        snapshot = self.snapshot()
+        self._snapshot = None
+        files, self._files = self._files, []
+        with contextlib.ExitStack() as undo:
+            for file in files:
+                undo.enter_context(file)
+            return MultiUseSandbox(snapshot, self._functions, self._config, _files=files)
+
+    @property
+    def layout(self) -> SandboxMemoryLayout:
+        """Where everything lies in guest memory."""
+        return self.snapshot().layout
+
+    def shared_mem_size(self) -> int:
+        """Return the bytes of guest-physical memory in use from 0x1000 up; map files beyond."""
+        return self.layout.snapshot_size
+
+    def close(self) -> None:
+        """Release the memory; harmless after ``evolve()``."""
+        self._snapshot = None
+        while self._files:
+            self._files.pop().close()
+
+    def __enter__(self) -> UninitializedSandbox:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<UninitializedSandbox {self._snapshot!r}>"
+
+
+class SandboxStatus(enum.Enum):
+    """What can be done with a sandbox."""
+
+    READY = "ready"
+    """Everything."""
+    POISONED = "poisoned"
+    """``restore()``, interrupt handles, core dumps and ``close()``."""
+    UNRECOVERABLE = "unrecoverable"
+    """``close()`` only."""
+
+
+class MultiUseSandbox:
+    """A running guest: call its functions, take and restore snapshots, map files, interrupt it.
+
+    Made by ``UninitializedSandbox.evolve()`` or ``MultiUseSandbox.from_snapshot()``. Any thread may use it,
+    one at a time: a second thread waits. A host function that uses the sandbox whose guest is waiting
+    for it gets ``GuestFunctionCallAlreadyInProgress``.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        host_functions: HostFunctions | None = None,
+        config: SandboxConfiguration | None = None,
+        *,
+        _files: Sequence[_FileMapping] = (),
+    ) -> None:
+        self._functions = host_functions.copy() if host_functions is not None else HostFunctions()
+        self._config = config or SandboxConfiguration()
+        snapshot._check_host_functions(self._functions)
+        self._lock = threading.Lock()
+        self._user: int | None = None  # the thread that holds the lock
+        self._status = SandboxStatus.READY
+        self._closed = False
+        self._snapshot = snapshot if snapshot.is_initialized else None
+        with _kvm_errors_in_tree():
+            self._guest = _Guest(snapshot, self._functions, self._config)
+            try:
+                for file in _files:
+                    self._guest.map_file(file)
+                if not snapshot.is_initialized:
+                    self._guest.initialise(_effective_log_level(self._config))
+            except BaseException:
+                self._guest.close()
+                raise
+
+    @classmethod
+    def from_snapshot(
+        cls,
+        snapshot: Snapshot,
+        host_functions: HostFunctions | None = None,
+        config: SandboxConfiguration | None = None,
+    ) -> MultiUseSandbox:
+        """Build a sandbox from *snapshot* without loading an ELF.
+
+        A snapshot of an initialised sandbox is entered where it left off, without running guest
+        initialisation; *config*'s sizes are ignored, its options honoured. Raises
+        ``SnapshotHostFunctionMismatch`` where *host_functions* does not cover what the snapshot's
+        sandbox offered; otherwise as ``evolve()``.
+        """
+        return cls(snapshot, host_functions, config)
+
+    # -- calls -------------------------------------------------------------------------
+
+    def call(self, name: str, /, *args: Any, returns: Any = Any) -> Any:
+        """Call the guest function *name* and return its value; what the guest changed, stays.
+
+        An argument travels as its wrapper says (``Int(5)``, ``ULong(5)``, ``Float(1.5)``...), a plain
+        ``int`` as Int where it fits and else Long, ``float`` as Double, ``str``, ``bool``, ``bytes`` as
+        themselves. *returns* is a wrapper, ``int``, ``float``, ``str``, ``bool``, ``bytes`` or None; left
+        out, whatever the guest returns is returned.
+
+        Raises ``ValueRangeError`` for an argument that fits no wire type, before anything is sent;
+        ``GuestError`` where the function answers with an error and ``ReturnValueConversionFailure``
+        for a result of another type (the sandbox stays usable); a ``GuestFailure`` where the run ends
+        badly (the sandbox is poisoned); ``PoisonedSandbox``.
+        """
+        parameters = [(memory.wire_type_of(value), value) for value in args]
+        return self._call(name, parameters, _wire_type(returns))
+
+    def function(self, name: str, parameters: Sequence[Any] = (), returns: Any = None) -> Callable[..., Any]:
+        """Return a callable for the guest function *name* with the types given, as ctypes users expect.
+
+        ``sandbox.function("Add", (Int, Int), Int)(1, 41)`` is 42. Raises ``UnexpectedNoOfArguments``
+        when it is called with another number of arguments, and as ``call``.
+        """
+        declared = [_wire_type(each) for each in parameters]
+        returned = _wire_type(returns)
+
+        def guest_function(*args: Any) -> Any:
+            if len(args) != len(declared):
+                raise UnexpectedNoOfArguments(f"{name} takes {len(declared)} arguments, not {len(args)}")
+            typed = [(_type_for(value, wire), value) for value, wire in zip(args, declared, strict=True)]
+            return self._call(name, typed, returned)
+
+        guest_function.__name__ = guest_function.__qualname__ = name
+        return guest_function
+
+    def _call(self, name: str, parameters: Sequence[tuple[ParameterType, Any]], returns: WireType) -> Any:
+        message = memory.encode_function_call(
+            name, parameters, memory.FunctionCallType.Guest, returns.asks_for
+        )
+        self._enter()
+        try:
+            self._snapshot = None
+            result = self._guest.dispatch(message)
+            return _result_of(result, returns, self._guest.host_failure)
+        except GuestFailure as failure:
+            self._status = SandboxStatus.POISONED
+            if isinstance(failure, ExecutionCanceledByHost):
+                metrics.guest_cancellations.increment()
+            raise
+        except HyperlightError:  # the message did not fit, or the answer was none: the guest itself is sane
+            raise
+        except kvm_abi.KvmError as error:
+            raise KvmError(error) from error
+        except BaseException:  # Ctrl-C, or whatever else left the guest half-way
+            self._status = SandboxStatus.POISONED
+            raise
+        finally:
+            self._guest.host_failure = None
+            self._leave()
+
+    # -- host functions ----------------------------------------------------------------
+
+    def register(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        parameters: Sequence[Any] | None = None,
+        returns: Any = inspect.Parameter.empty,
+    ) -> None:
+        """Offer *function* to the guest from now on; see ``UninitializedSandbox.register``."""
+        with self._exclusively():
+            self._functions.register(name, function, parameters, returns)
+            self._snapshot = None
+
+    # -- snapshots ---------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Return the guest's state as it is now; the same object until a call or a mapping changes it.
+
+        Raises ``PoisonedSandbox``; ``MemoryRequestTooSmall`` where its page tables would not fit into
+        scratch; ``PageTableError`` where the guest's page tables make no sense.
+        """
+        with self._exclusively():
+            if self._snapshot is None:
+                self._snapshot = self._guest.capture()
+            return self._snapshot
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the guest back to *snapshot*, its own or another sandbox's; a poisoned sandbox is ready again.
+
+        Mapped regions and files are unmapped (what the guest had mapped of them is in the snapshot). Raises
+        ``SnapshotMismatch`` or ``SnapshotHostFunctionMismatch``, before anything is touched;
+        ``UnrecoverableSandbox``.
+        """
+        with self._exclusively(poisoned_too=True):
+            snapshot._check_host_functions(self._functions)
+            if not snapshot.is_initialized:
+                raise SnapshotMismatch("the snapshot's guest has not run yet: use from_snapshot")
+            self._status = SandboxStatus.POISONED
+            try:
+                self._guest.restore(snapshot)
+            except _MemoryLost as error:
+                self._status = SandboxStatus.UNRECOVERABLE
+                raise UnrecoverableSandbox from error.__cause__
+            self._status = SandboxStatus.READY
+            self._snapshot = snapshot
+
+    # -- mappings ----------------------------------------------------------------------
+
+    def map_region(self, gpa: int, region: SharedMemory, flags: MemoryRegionFlags) -> None:
+        """Show *region* to the guest at guest-physical *gpa*, without entering it into page tables.
+
+        The mapping must stay open until it is unmapped by ``restore()`` or ``close()``. *flags* may not
+        have WRITE. Raises ``MapRegionError`` for an unaligned or overlapping range.
+        """
+        with self._exclusively():
+            if MemoryRegionFlags.WRITE in flags:
+                raise MapRegionError("TODO: Writable mappings not yet supported")
+            self._guest.map_region(gpa, region, flags)
+            self._snapshot = None
+
+    def map_file_cow(self, path: StrPath, gpa: int, label: str | None = None) -> int:
+        """Show the file at *path* to the guest at guest-physical *gpa*, read-only and executable.
+
+        Returns the mapped size: the file's, rounded up to whole pages (zeros behind its end). The guest
+        enters it into its page tables itself; a write is a ``MemoryAccessViolation``. *label* is
+        checked as 0.14 does and not otherwise used. Raises ``MapRegionError``.
+        """
+        with self._exclusively():
+            with _FileMapping(path, gpa, label) as file:
+                self._guest.map_file(file)
+            self._snapshot = None
+            return file.size
+
+    # -- state -------------------------------------------------------------------------
+
+    @property
+    def status(self) -> SandboxStatus:
+        """Whether the sandbox is ready, poisoned or beyond recovery."""
+        return self._status
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether calls are refused until a restore."""
+        return self._status is SandboxStatus.POISONED
+
+    @property
+    def layout(self) -> SandboxMemoryLayout:
+        """Where everything lies in guest memory."""
+        return self._guest.snapshot.layout
+
+    def interrupt_handle(self) -> InterruptHandle:
+        """Return the handle with which any thread can end a guest call; it may outlive the sandbox."""
+        return self._guest.interrupt
+
+    def close(self) -> None:
+        """Release the VM and its memory; a call in another thread is waited for. Idempotent."""
+        self._acquire()
+        try:
+            if not self._closed:
+                self._closed = True
+                self._snapshot = None
+                self._guest.close()
+        finally:
+            self._leave()
+
+    def __enter__(self) -> MultiUseSandbox:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._status.value
+        return f"<MultiUseSandbox {state}: {self._guest.snapshot!r}>"
+
+    # -- one user at a time ------------------------------------------------------------
+
+    def _acquire(self) -> None:
+        if self._user == threading.get_ident():
+            raise GuestFunctionCallAlreadyInProgress(
+                "this sandbox is waiting for the host function that uses it: return first, "
+                "or give the host function a sandbox of its own"
+            )
+        self._lock.acquire()
+        self._user = threading.get_ident()
+
+    def _leave(self) -> None:
+        self._user = None
+        self._lock.release()
+
+    def _enter(self, *, poisoned_too: bool = False) -> None:
+        self._acquire()
+        try:
+            if self._closed:
+                raise SandboxClosed("the sandbox is closed")
+            if self._status is SandboxStatus.UNRECOVERABLE:
+                raise UnrecoverableSandbox
+            if self._status is SandboxStatus.POISONED and not poisoned_too:
+                raise PoisonedSandbox
+        except BaseException:
+            self._leave()
+            raise
+
+    @contextlib.contextmanager
+    def _exclusively(self, *, poisoned_too: bool = False) -> Iterator[None]:
+        self._enter(poisoned_too=poisoned_too)
+        try:
+            with _kvm_errors_in_tree():
+                yield
+        finally:
+            self._leave()
+
+
+@contextlib.contextmanager
+def _kvm_errors_in_tree() -> Iterator[None]:
+    """Turn what the kernel refuses into an error under ``HyperlightError``."""
+    try:
+        yield
+    except kvm_abi.KvmError as error:
+        raise KvmError(error) from error
+
+
+def _type_for(value: Any, declared: WireType) -> ParameterType:
+    """Choose the wire type for *value* under a declared type; the encoder checks that it fits."""
+    if len(declared.accepts) == 1:
+        return next(iter(declared.accepts))
+    natural = memory.wire_type_of(value)
+    if natural not in declared.accepts:
+        raise _not_convertible(natural, value, declared)
+    return natural
+
+
+def _not_convertible(kind: ParameterType, value: Any, declared: WireType) -> ParameterValueConversionFailure:
+    spelled = memory.spell_parameter(kind, value)
+    return ParameterValueConversionFailure(
+        f'Failed To Convert Parameter Value {spelled} to "{declared.name}"'
+    )
+
+
+def _result_of(data: bytes, returns: WireType, host_failure: BaseException | None) -> Any:
+    """Decode a guest function's answer: its value, or the error that it chose to return."""
+    result = memory.decode_function_call_result(data)
+    if isinstance(result, memory.GuestErrorResult):
+        metrics.guest_errors.increment(code=str(int(result.code)))
+        cause = host_failure if result.code == ErrorCode.HostFunctionError else None
+        raise GuestError(result.code, result.message) from cause
+    if result.type in returns.returns:
+        return result.value
+    spelled = _spell_result(result)
+    raise ReturnValueConversionFailure(f'Failed To Convert Return Value {spelled} to "{returns.name}"')
+
+
+def _spell_result(result: memory.ReturnValue) -> str:
+    kind = _PARAMETER_TYPE_OF.get(result.type)
+    return "Void" if kind is None else memory.spell_parameter(kind, result.value)
+
+
+def _effective_log_level(config: SandboxConfiguration) -> int:
+    if config.guest_log_level is not None:
+        return int(config.guest_log_level)
+    return guest_log_level_from(os.environ.get("RUST_LOG", ""))
+
+
+class _FileMapping:
+    """A file that a guest may see at *gpa*: opened and checked, and closed again if nobody takes it."""
+
+    FLAGS: ClassVar[MemoryRegionFlags] = MemoryRegionFlags.READ | MemoryRegionFlags.EXECUTE
+    MAX_PENDING: ClassVar[int] = 32
+    MAX_LABEL_SIZE: ClassVar[int] = 63
+
+    def __init__(self, path: StrPath, gpa: int, label: str | None) -> None:
+        if gpa % PAGE_SIZE:
+            raise MapRegionError(f"the guest base {gpa:#x} is no multiple of the page size, {PAGE_SIZE:#x}")
+        if label is not None and ("\0" in label or len(label.encode()) > self.MAX_LABEL_SIZE):
+            raise MapRegionError(f"a label has at most {self.MAX_LABEL_SIZE} bytes and no NUL: {label!r}")
+        self.gpa = gpa
+        try:
+            with open(path, "rb") as file:
+                file_size = os.fstat(file.fileno()).st_size
+                if file_size == 0:
+                    raise MapRegionError(f"{os.fspath(path)} is empty: there is nothing to map")
+                self.size = memory.page_up(file_size)
+                self._mapping: SharedMemory | None = SharedMemory.from_fd(file.fileno(), self.size)
+        except OSError as error:
+            if isinstance(error, HyperlightError):
+                raise
+            raise MapRegionError(f"{os.fspath(path)} cannot be mapped: {error.strerror}") from error
+
+    def take(self) -> SharedMemory:
+        """Hand the mapping over; closing it is the taker's business from then on."""
+        assert self._mapping is not None
+        mapping, self._mapping = self._mapping, None
+        return mapping
+
+    def close(self) -> None:
+        """Unmap the file, unless it was taken."""
+        if self._mapping is not None:
+            self._mapping.close()
+
+    def __enter__(self) -> _FileMapping:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class InterruptHandle:
+    """Ends a guest call from any thread; outlives the sandbox.
+
+    ``immediate_exit`` in the kvm_run page closes the window in which a signal would land just before
+    KVM_RUN, so one signal is enough. The lock is taken by no signal handler, and a signal is sent only
+    while it is held and a call is in progress: a stale kick can hit no other call (design.md 4).
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        self._lock = threading.Lock()
+        self._signal = signal_number
+        self._thread: int | None = None  # that of the call in progress
+        self._canceled = False
+        self._page: memoryview | None = None
+        _install_kick_handler(signal_number)
+
+    def kill(self) -> bool:
+        """End the call in progress with ``ExecutionCanceledByHost``; return whether there was one.
+
+        During a host function, the guest is not entered again once the function returns. Without a call
+        in progress nothing happens, then or later.
+        """
+        with self._lock:
+            if self._thread is None:
+                return False
+            self._canceled = True
+            self._kick()
+            return True
+
+    def dropped(self) -> bool:
+        """Return whether the sandbox has been closed."""
+        return self._page is None
+
+    def _kick(self) -> None:
+        assert self._page is not None and self._thread is not None
+        self._page[_IMMEDIATE_EXIT] = 1
+        signal.pthread_kill(self._thread, self._signal)
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._canceled = False
+            self._thread = threading.get_ident()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._thread = None
+            if self._page is not None:
+                self._page[_IMMEDIATE_EXIT] = 0
+
+
+def _install_kick_handler(signal_number: int) -> None:
+    """Make *signal_number* do nothing but end a system call with EINTR, in every thread.
+
+    The handler must be C: Python's own run later, and only in the main thread. ``abs`` is one, it
+    takes an int, touches nothing and is in every libc.
+    """
+    action = _Sigaction(handler=ctypes.cast(kvm_abi.libc.abs, ctypes.c_void_p))  # no SA_RESTART
+    if kvm_abi.libc.sigaction(signal_number, ctypes.byref(action), None) != 0:
+        number = ctypes.get_errno()
+        raise HyperlightError(f"sigaction({signal_number}) failed: {os.strerror(number)}")
+
+
+class _Sigaction(ctypes.Structure):
+    """struct sigaction of the C library on x86-64 Linux."""
+
+    _fields_ = [
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    ]
+
+
+# ======================================================================================
+# Snapshots
+# ======================================================================================
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A guest at rest: its memory, and where to enter it. Any number of sandboxes can start from one.
+
+    The memory is sealed: it cannot change any more. It holds ``layout.memory_size`` bytes for
+    guest-physical 0x1000 and up, then the page tables. Without ``sregs`` the guest has not run yet.
+    """
+
+    layout: SandboxMemoryLayout
+    memory: SharedMemory
+    elf: GuestElf
+    copy_on_write: Literal["guest", "host"]
+    entry: int
+    """gva to enter: the ELF's entry point, or the dispatch function once initialised."""
+    stack_top: int
+    """rsp at each entry (gva)."""
+    sregs: bytes | None = None
+    """kvm_sregs of the initialised guest."""
+    signatures: Mapping[str, tuple[tuple[str, ...] | None, str]] = dataclasses.field(default_factory=dict)
+    """The host functions that the sandbox offered, with the names of their types."""
+    generation: int = 0
+    """How many snapshots were taken on the way from the ELF to this one."""
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the guest's own initialisation has run."""
+        return self.sregs is not None
+
+    def _check_host_functions(self, offered: HostFunctions) -> None:
+        missing = [name for name in self.signatures if name not in offered]
+        other = [
+            f"{name} is {offered[name].signature}, was {signature}"
+            for name, signature in self.signatures.items()
+            if name in offered and offered[name].signature != signature
+        ]
+        if missing or other:
+            raise SnapshotHostFunctionMismatch(
+                "the snapshot's guest may call host functions that differ here: "
+                + "; ".join([*(f"{name} is missing" for name in missing), *other])
+            )
+
+    def __repr__(self) -> str:
+        guest = os.path.basename(self.elf.path) if self.elf.path else "<unknown>"
+        state = f"generation {self.generation}" if self.is_initialized else "not initialized"
+        return f"<Snapshot of {guest}, {self.layout.snapshot_size // 1024} KiB, {state}>"
+
+
+def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Snapshot:
+    """Lay a guest out in memory as it is before its first instruction (abi.md 1.3, 5.2)."""
+    elf = _read_guest(environment.guest)
+    layout = SandboxMemoryLayout(
+        code_size=elf.code_size,
+        heap_size=config.heap_size,
+        init_data_size=len(environment.init_data),
+        init_data_flags=environment.init_data_flags,
+        input_data_size=config.input_data_size,
+        output_data_size=config.output_data_size,
+        scratch_size=config.scratch_size,
+        heap_executable=config.executable_heap,
+    )
+    layout.check()
+    tables = memory.build_page_tables(
+        layout,
+        memory.image_leaves(layout, elf.user_mode),
+        copy_on_write=config.copy_on_write,
+        user_io=_is_user_mode(elf),
+    )
+    layout = layout.with_pt_size(len(tables))
+    pieces: list[tuple[int, bytes | bytearray]] = [
+        (0, elf.load()),
+        (layout.peb_offset, layout.peb_bytes()),
+        (layout.init_data_offset, environment.init_data),
+        (layout.memory_size, tables),
+    ]
+    return Snapshot(
+        layout=layout,
+        memory=SharedMemory.sealed(layout.snapshot_size, pieces),
+        elf=elf,
+        copy_on_write=config.copy_on_write,
+        entry=BASE_ADDRESS + elf.entry,
+        stack_top=elf.exception_stack_top_gva - 8,
+    )
+
+
+def _is_user_mode(elf: GuestElf) -> bool:
+    return elf.user_mode is not None and elf.user_mode.user_mode
+
+
+# ======================================================================================
+# The guest: its memories, its VM, and the conversation through ports and buffers
+# ======================================================================================
+
+
+class _Ram:
+    """The two memories of a guest, made from a snapshot: the image and scratch (abi.md 1.3, 1.4).
+
+    The page tables at their place in scratch are a private mapping of the snapshot's: a reset drops
+    what the guest changed and copies nothing.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        layout = snapshot.layout
+        self.snapshot = snapshot
+        with contextlib.ExitStack() as undo:
+            self.image = undo.enter_context(snapshot.memory.map_private())
+            self.scratch = undo.enter_context(SharedMemory.anonymous(layout.scratch_size))
+            self.scratch.overlay(
+                layout.page_table_scratch_offset, snapshot.memory, layout.memory_size, layout.pt_size
+            )
+            self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
+            self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
+            self._write_bookkeeping()
+            self._mappings = undo.pop_all()
+
+    def reset(self) -> None:
+        """Put both memories back to the snapshot."""
+        self.image.discard()
+        self.scratch.discard()
+        self._write_bookkeeping()
+
+    def slots(self) -> list[tuple[int, SharedMemory, bool]]:
+        """Return (gpa, mapping, writable by the guest) of both."""
+        layout, host_copies = self.snapshot.layout, self.snapshot.copy_on_write == "host"
+        return [(BASE_ADDRESS, self.image, host_copies), (layout.scratch_base_gpa, self.scratch, True)]
+
+    def physical_view(self) -> memory.GuestMemory:
+        """Return the guest-physical address space that holds both."""
+        view, rights = memory.GuestMemory(), MemoryRegionFlags.READ | MemoryRegionFlags.WRITE
+        for gpa, mapping, _ in self.slots():
+            view.add(gpa, mapping, rights | MemoryRegionFlags.EXECUTE)
+        return view
+
+    def close(self) -> None:
+        """Unmap both memories."""
+        self._mappings.close()
+
+    def _write_bookkeeping(self) -> None:
+        """Fill the words that the guest expects in zeroed scratch (abi.md 5.3; guest-versions.md 5)."""
+        layout, scratch = self.snapshot.layout, self.scratch
+        end = layout.scratch_size
+        scratch.write_u64(end - memory.SCRATCH_TOP_SIZE, layout.scratch_size)
+        scratch.write_u64(end - memory.SCRATCH_TOP_ALLOCATOR, layout.first_free_gpa)
+        if self.snapshot.elf.version not in (None, "0.14.0"):
+            scratch.write_u64(end - memory.SCRATCH_TOP_SNAPSHOT_PT_BASE, layout.pt_base_gpa)
+            scratch.write_u64(end - memory.SCRATCH_TOP_GENERATION, self.snapshot.generation)
+        self.input.reset()
+        self.output.reset()
+
+
+class _MemoryLost(Exception):
+    """Replacing a VM's memory failed half-way; the cause is chained."""
+
+
+class _Guest:
+    """A guest in its VM. Not locked: the sandbox sees to it that one thread at a time is here."""
+
+    def __init__(self, snapshot: Snapshot, functions: HostFunctions, config: SandboxConfiguration) -> None:
+        self.snapshot = snapshot
+        self.functions = functions
+        self.interrupt = InterruptHandle(signal.SIGRTMIN + config.interrupt_vcpu_sigrtmin_offset)
+        self._abort_bytes = bytearray()
+        self._entry_registers = self._next_entry_registers = b""
+        self.host_failure: BaseException | None = None
+        self._resets_fpu_for_guest = snapshot.elf.user_mode is None or not snapshot.elf.user_mode.resets_fpu
+        self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
+        self._files: dict[int, SharedMemory] = {}
+        self._ports: dict[int, Callable[[int], None]] = {
+            _Port.LOG: self._on_log,
+            _Port.CALL_FUNCTION: self._on_host_call,
+            _Port.ABORT: self._on_abort,
+            _Port.DEBUG_PRINT: self._on_debug_print,
+        }
+        with contextlib.ExitStack() as undo:
+            self._ram = _Ram(snapshot)
+            undo.callback(lambda: self._ram.close())
+            self.physical = self._ram.physical_view()
+            self._vm = _VirtualMachine(self._ram.slots(), snapshot.layout.pt_base_gpa)
+            undo.callback(self._vm.close)
+            if snapshot.is_initialized:
+                self._reset(snapshot)
+            undo.callback(self._close_files)
+            self._undo = undo.pop_all()
+        self.interrupt._page = self._vm.page
+
+    def close(self) -> None:
+        """Release the VM, its memories and the regions mapped into it."""
+        self.interrupt._page = None
+        self._undo.close()
+
+    # -- entering ----------------------------------------------------------------------
+
+    def initialise(self, log_level: int) -> None:
+        """Run the guest's own initialisation; afterwards it takes calls (abi.md 7.1).
+
+        Raises ``InitializeError`` with the cause chained.
+        """
+        snapshot = self.snapshot
+        seed = int.from_bytes(os.urandom(8), "little")
+        entry = _VirtualMachine.pack(
+            rip=snapshot.entry,
+            rsp=snapshot.stack_top,
+            rdi=snapshot.layout.peb_gpa,
+            rsi=seed,
+            rdx=PAGE_SIZE,
+            rcx=log_level,
+        )
+        self._vm.load(entry)
+        try:
+            self._run()
+        except GuestFailure as failure:
+            detail = failure.detail if isinstance(failure, HyperlightVmError) else str(failure)
+            raise InitializeError(detail) from failure
+        halted = self._vm.registers()
+        if halted["rsp"] % 16:
+            raise InitializeError(
+                f"Guest initialised stack pointer to architecturally invalid value: {halted['rsp']}"
+            )
+        self._set_entry(halted["rax"], halted["rsp"])
+
+    def dispatch(self, message: bytes) -> bytes:
+        """Send an encoded call into the guest, run it, and return the encoded result (abi.md 7.2).
+
+        Raises a ``GuestFailure`` where the run ends badly, and ``IoStackError`` where the message or
+        the result is the trouble, not the guest.
+        """
+        self._ram.input.push(message)
+        self._vm.load(self._entry_registers)
+        if self._resets_fpu_for_guest:
+            self._vm.reset_fpu()
+        try:
+            self._run()
+            return self._ram.output.pop()
+        except BaseException:
+            self._drain()
+            raise
+        finally:
+            self._abort_bytes.clear()
+            self._entry_registers = self._next_entry_registers
+
+    def _set_entry(self, rip: int, rsp: int, *, flush: bool = False) -> None:
+        """Prepare the registers of the calls to come; the first may have to flush the TLB (abi.md 6.4)."""
+        self._entry, self._stack_top = rip, rsp
+        self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
+        self._entry_registers = (
+            _VirtualMachine.pack(rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | Rflags.ZF)
+            if flush
+            else self._next_entry_registers
+        )
+
+    def _drain(self) -> None:
+        self._ram.output.drain()
+        self._ram.input.drain()
+
+    # -- the run loop ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Run the guest until it halts, serving its ports on the way.
+
+        Raises a ``GuestFailure`` for every other end, with the vCPU's registers in it.
+        """
+        self.host_failure = None
+        self.interrupt._begin()
+        try:
+            self._serve_until_halt()
+        except GuestFailure as failure:
+            self._explain(failure)
+            raise
+        except kvm_abi.KvmError as error:
+            refusal = HyperlightVmError(f"vCPU run failed: {error}")
+            self._explain(refusal)
+            raise refusal from error
+        finally:
+            self.interrupt._end()
+
+    def _serve_until_halt(self) -> None:
+        vm, ports = self._vm, self._ports
+        run, page, exit_reason = vm.vcpu.run, vm.page, vm.exit_reason
+        while True:
+            if interrupted := run():
+                self._on_interruption(interrupted)
+                continue
+            reason = exit_reason[0]
+            if reason == KvmExit.IO:
+                direction, size, port, count, data_offset = _IO_EXIT.unpack_from(page, _EXIT_OFFSET)
+                if direction == kvm_abi.IoDirection.OUT:
+                    if port == _Port.HALT:
+                        return
+                    if port not in ports:
+                        raise InvalidPort(port)
+                    data = page[data_offset : data_offset + min(size * count, 4)]
+                    ports[port](int.from_bytes(data, "little"))
+                    continue
+            elif reason == KvmExit.HLT:
+                return
+            raise self._failure_of_exit()
+
+    def _on_interruption(self, number: int) -> None:
+        """Deal with a KVM_RUN that a signal ended: cancelled, or to be tried again."""
+        if number == errno.EINTR:
+            if self.interrupt._canceled:
+                raise ExecutionCanceledByHost
+            metrics.erroneous_vcpu_kicks.increment()
+
+    def _failure_of_exit(self) -> GuestFailure:
+        """Turn an exit that ends the run into its error (abi.md 7.4)."""
+        kvm_run = self._vm.vcpu.kvm_run
+        reason = kvm_run.exit_reason
+        if reason == KvmExit.MMIO:
+            gpa, tried = kvm_run.mmio.phys_addr, MemoryRegionFlags.READ
+            if kvm_run.mmio.is_write:
+                tried = MemoryRegionFlags.WRITE
+            for start, (mapping, flags) in self._regions.items():
+                if start <= gpa < start + mapping.size and tried not in flags:
+                    return MemoryAccessViolation(gpa, tried, flags)
+            return MmioWriteUnmapped(gpa) if tried is MemoryRegionFlags.WRITE else MmioReadUnmapped(gpa)
+        if reason == KvmExit.INTERNAL_ERROR and kvm_run.internal.suberror == kvm_abi.InternalError.EMULATION:
+            return EmulationFailure(kvm_abi.failed_instruction(kvm_run), self._vm.registers()["rip"])
+        return UnexpectedVmExit(kvm_abi.describe_exit(kvm_run))
+
+    def _explain(self, failure: GuestFailure) -> None:
+        """Attach what is known about the moment of *failure*."""
+        with contextlib.suppress(kvm_abi.KvmError):
+            failure.registers = self._vm.registers()
+        if isinstance(failure, GuestAborted):
+            self._explain_exception(failure)
+            if self.host_failure is not None:
+                failure.__cause__ = self.host_failure
+
+    def _explain_exception(self, failure: GuestAborted) -> None:
+        """Read a CPU exception's text, and the registers that the guest saved (abi.md 11.4)."""
+        if failure.code != ErrorCode.GuestError or (match := _EXCEPTION_TEXT.search(failure.message)) is None:
+            return
+        failure.vector = int(match["vector"])
+        failure.instruction = int(match["rip"], 16)
+        failure.address = int(match["cr2"], 16) if failure.vector == kvm_abi.Vector.PF else None
+        failure.error_code = int(match["error_code"], 16)
+        with contextlib.suppress(HyperlightError, kvm_abi.KvmError):
+            cr3 = self._vm.vcpu.get_sregs().cr3
+            frame = int(match["frame"], 16) + _FRAME_REGISTERS_OFFSET
+            values = _FRAME.unpack(self.physical.read_virt(cr3, frame, _FRAME.size))
+            failure.registers = dict(zip(_FRAME_NAMES, values, strict=True))
+
+    # -- ports (abi.md 8) --------------------------------------------------------------
+
+    def _on_log(self, _value: int) -> None:
+        try:
+            record = memory.decode_guest_log_data(self._ram.output.pop())
+        except HyperlightError as error:
+            raise HandleIoError(f"Failed to read guest log data: {error}") from error
+        _emit(record)
+
+    def _on_host_call(self, _value: int) -> None:
+        try:
+            call = memory.decode_function_call(self._ram.output.pop())
+        except HyperlightError as error:
+            raise HandleIoError(f"Failed to read host function call: {error}") from error
+        answer = self._answer(call)
+        try:
+            self._ram.input.push(answer)
+        except IoStackError as error:
+            raise HandleIoError(f"Failed to write the response of {call.name}: {error}") from error
+
+    def _answer(self, call: memory.FunctionCall) -> bytes:
+        """Call the host function that the guest asks for; an exception in it is the guest's to handle."""
+        try:
+            if (function := self.functions.get(call.name)) is None:
+                raise HostFunctionNotFound(call.name)
+            return function.call(call.parameters, call.return_type)
+        except Exception as error:
+            self.host_failure = error
+            text = (str(error) or type(error).__name__)[:_MAX_ERROR_TEXT]
+            return memory.encode_guest_error(
+                ErrorCode.HostFunctionError, text.encode("utf-8", "replace").decode()
+            )
+
+    def _on_abort(self, value: int) -> None:
+        """Collect up to three bytes of ``code [exception] message 0xFF`` (abi.md 8.2)."""
+        count, *payload = value.to_bytes(4, "little")
+        for byte in payload[:count]:
+            if byte == _ABORT_END:
+                raise _abort_of(bytes(self._abort_bytes))
+            if len(self._abort_bytes) >= _MAX_ABORT_SIZE:
+                raise GuestAborted(0, "Guest abort buffer overflowed")
+            self._abort_bytes.append(byte)
+
+    def _on_debug_print(self, value: int) -> None:
+        if value > sys.maxunicode or 0xD800 <= value < 0xE000:
+            raise HandleIoError(f"Invalid character for debug print: {value}")
+        sys.stderr.write(chr(value))
+
+    # -- mappings ----------------------------------------------------------------------
+
+    def map_region(self, gpa: int, mapping: SharedMemory, flags: MemoryRegionFlags) -> None:
+        """Show *mapping* to the guest at *gpa*. Raises ``MapRegionError``."""
+        self.check_region(gpa, mapping.size)
+        self._vm.map(gpa, mapping, writable=False)
+        self.physical.add(gpa, mapping, flags, holds_tables=False)
+        self._regions[gpa] = (mapping, flags)
+
+    def check_region(self, gpa: int, size: int) -> None:
+        """Raise ``MapRegionError`` where *size* bytes at *gpa* are unaligned or overlap anything."""
+        if gpa % PAGE_SIZE:
+            raise MapRegionError(f"Region is not page-aligned: {gpa:#x} is no multiple of {PAGE_SIZE:#x}")
+        if not 0 <= gpa <= gpa + size - 1 <= memory.MAX_GPA:
+            raise MapRegionError(f"[{gpa:#x}, {gpa + size:#x}) is not in the guest's 36-bit physical space")
+        for region in self.physical.regions():
+            if gpa < region.gpa + region.size and region.gpa < gpa + size:
+                raise MapRegionError(
+                    f"[{gpa:#x}, {gpa + size:#x}) overlaps [{region.gpa:#x}, {region.end:#x}), in use"
+                )
+        if gpa == 0:
+            raise MapRegionError("the page at 0 stays unmapped")
+
+    def map_file(self, file: _FileMapping) -> None:
+        """Show *file* to the guest and own its mapping from then on. Raises ``MapRegionError``."""
+        self.check_region(file.gpa, file.size)
+        self._files[file.gpa] = file.take()
+        self.map_region(file.gpa, self._files[file.gpa], file.FLAGS)
+
+    def _unmap_region(self, gpa: int) -> None:
+        self._vm.unmap(gpa)
+        self.physical.remove(gpa)
+        del self._regions[gpa]
+        if gpa in self._files:
+            self._files.pop(gpa).close()
+
+    def _close_files(self) -> None:
+        for mapping in self._files.values():
+            mapping.close()
+
+    # -- snapshot and restore ----------------------------------------------------------
+
+    def capture(self) -> Snapshot:
+        """Copy the guest's live pages into a compact image with page tables of its own (abi.md 5.7)."""
+        old = self.snapshot
+        sregs = self._vm.vcpu.get_sregs()
+        leaves = [leaf for leaf in self.physical.walk(sregs.cr3) if _is_captured(leaf, old.layout)]
+        moved, spans = _compact(leaves, self.physical)
+        memory_size = sum(size for _, size in spans)
+        layout = dataclasses.replace(old.layout, image_size=memory_size, pt_size=0)
+        tables = memory.build_page_tables(
+            layout, moved, copy_on_write=old.copy_on_write, user_io=_is_user_mode(old.elf)
+        )
+        layout = layout.with_pt_size(len(tables))
+        pieces = itertools.chain(_contents(spans, self.physical), [(memory_size, tables)])
+        return dataclasses.replace(
+            old,
+            layout=layout,
+            memory=SharedMemory.sealed(layout.snapshot_size, pieces),
+            entry=self._entry,
+            stack_top=self._stack_top,
+            sregs=bytes(sregs),
+            signatures={name: function.signature for name, function in self.functions.items()},
+            generation=old.generation + 1,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put memory, mappings and vCPU back to *snapshot* (abi.md 5.8).
+
+        Raises ``_MemoryLost`` where the VM may be left without its memory.
+        """
+        if snapshot is self.snapshot:
+            self._ram.reset()
+        else:
+            self._replace_ram(snapshot)
+        for gpa in list(self._regions):
+            self._unmap_region(gpa)
+        self._reset(snapshot)
+
+    def _reset(self, snapshot: Snapshot) -> None:
+        """Put the vCPU where *snapshot*, of an initialised guest, left it."""
+        assert snapshot.sregs is not None
+        sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
+        sregs.cr3 = snapshot.layout.pt_base_gpa
+        self._vm.reset_vcpu(sregs)
+        self._set_entry(snapshot.entry, snapshot.stack_top, flush=True)
+
+    def _replace_ram(self, snapshot: Snapshot) -> None:
+        """Exchange both memories of the VM for those of *snapshot*."""
+        ram = _Ram(snapshot)  # all that can fail for lack of memory comes before the point of no return
+        try:
+            for gpa, _, _ in self._ram.slots():
+                self._vm.unmap(gpa)
+            for slot in ram.slots():
+                self._vm.map(*slot)
+        except kvm_abi.KvmError as error:
+            ram.close()
+            raise _MemoryLost from error
+        self._ram.close()
+        self._ram = ram
+        self.snapshot = snapshot
+        self.physical = ram.physical_view()
+
+
+_IO_EXIT = struct.Struct("<BBHIQ")
+"""kvm_run.io: direction, size, port, count, data_offset."""
+_EXIT_OFFSET = kvm_abi.kvm_run.io.offset
+_IMMEDIATE_EXIT = kvm_abi.kvm_run.immediate_exit.offset
+
+_ABORT_END = 0xFF
+_MAX_ABORT_SIZE = 1024
+_MAX_ERROR_TEXT = 1024
+"""Characters of a host exception's text that a guest gets to see: its input buffer is small."""
+
+_EXCEPTION_TEXT = re.compile(
+    r"Exception vector: (?P<vector>\d{1,3})\n"
+    r"Faulting Instruction: 0x(?P<rip>[0-9a-f]{1,16})\n"
+    r"Bytes At Faulting Instruction: [^\n]*\n"
+    r"Page Fault Address: 0x(?P<cr2>[0-9a-f]{1,16})\n"
+    r"Error code: 0x(?P<error_code>[0-9a-f]{1,16})\n"
+    r"Stack Pointer: 0x(?P<frame>[0-9a-f]{1,16})",
+    re.IGNORECASE,
+)
+"""What a guest's exception handler says (abi.md 11.4)."""
+_FRAME_NAMES = (
+    *("r15", "r14", "r13", "r12", "r11", "r10", "r9", "r8"),
+    *("rbp", "rdi", "rsi", "rdx", "rcx", "rbx", "rax"),
+    *("padding", "error_code", "rip", "cs", "rflags", "rsp", "ss"),
+)
+_FRAME = struct.Struct(f"<{len(_FRAME_NAMES)}Q")
+_FRAME_REGISTERS_OFFSET = 0x220
+
+
+class _Port(enum.IntEnum):
+    """What a guest says by an OUT (abi.md 8)."""
+
+    LOG = 99
+    CALL_FUNCTION = 101
+    ABORT = 102
+    DEBUG_PRINT = 103
+    TRACE_BATCH = 104
+    TRACE_MEMORY_ALLOC = 105
+    TRACE_MEMORY_FREE = 106
+    PV_TIMER_CONFIG = 107
+    HALT = 108
+
+
+def _abort_of(stream: bytes) -> GuestAborted:
+    """Decode a finished abort stream: ``code [exception] message`` (abi.md 8.2)."""
+    code = stream[0] if stream else 0
+    exception = _EXCEPTION_NAMES.get(stream[1]) if len(stream) > 1 else None
+    if exception is not None:
+        return GuestAborted(code, f"Exception: {exception} | {stream[2:].decode('utf-8', 'replace')}")
+    return GuestAborted(code, stream[1:].decode("utf-8", "replace"))
+
+
+# fmt: off
+_EXCEPTION_NAMES = dict(enumerate((
+    "DivideByZero", "Debug", "NonMaskableInterrupt", "Breakpoint", "Overflow", "BoundRangeExceeded",
+    "InvalidOpcode", "DeviceNotAvailable", "DoubleFault", "CoprocessorSegmentOverrun", "InvalidTSS",
+    "SegmentNotPresent", "StackSegmentFault", "GeneralProtectionFault", "PageFault", "Reserved",
+    "X87FloatingPointException", "AlignmentCheck", "MachineCheck", "SIMDFloatingPointException",
+    "VirtualizationException",
+))) | {30: "SecurityException"}
+# fmt: on
+"""Names of the CPU's exceptions by vector (abi.md 11.3)."""
+
+
+def _emit(data: memory.GuestLogData) -> None:
+    """Hand a guest's log record to ``logging`` as logger ``hyperlight_guest`` (abi.md 8.1)."""
+    level = _LOGGING_LEVELS[data.level]
+    if _guest_logger.isEnabledFor(level):
+        record = _guest_logger.makeRecord(
+            _guest_logger.name, level, data.source_file, data.line, "%s", (data.message,), None, data.caller
+        )
+        record.module = data.source
+        _guest_logger.handle(record)
+
+
+_LOGGING_LEVELS = {
+    GuestLogLevel.Trace: TRACE,
+    GuestLogLevel.Debug: logging.DEBUG,
+    GuestLogLevel.Information: logging.INFO,
+    GuestLogLevel.Warning: logging.WARNING,
+    GuestLogLevel.Error: logging.ERROR,
+    GuestLogLevel.Critical: logging.ERROR,
+    GuestLogLevel.None_: TRACE,
+}
+
+
+# -- what a snapshot holds -----------------------------------------------------------------
+
+
+def _is_captured(leaf: memory.Leaf, layout: SandboxMemoryLayout) -> bool:
+    """Whether a snapshot keeps *leaf*: not the scratch map, not the window for page tables (abi.md 5.7)."""
+    in_scratch_map = leaf.gva >= layout.scratch_base_gva
+    in_table_window = memory.SNAPSHOT_PT_GVA_MIN <= leaf.gva <= memory.SNAPSHOT_PT_GVA_MAX
+    return not in_scratch_map and not in_table_window
+
+
+def _compact(
+    leaves: Sequence[memory.Leaf], physical: memory.GuestMemory
+) -> tuple[list[memory.Leaf], list[tuple[int, int]]]:
+    """Move *leaves* together, from 0x1000 up, keeping aliases aliases.
+
+    Returns the leaves with their new gpas, and the old (gpa, size) spans in the order of their new place.
+    What lies in no memory of the guest is dropped.
+    """
+    backed = [part for leaf in leaves for part in _backed_parts(leaf, physical)]
+    spans: list[list[int]] = []
+    for start, end in sorted((leaf.gpa, leaf.gpa + leaf.page_count * PAGE_SIZE) for leaf in backed):
+        if spans and start <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([start, end])
+    starts = [start for start, _ in spans]
+    places = list(itertools.accumulate((end - start for start, end in spans), initial=BASE_ADDRESS))
+    moved = []
+    for leaf in backed:
+        span = bisect.bisect_right(starts, leaf.gpa) - 1
+        moved.append(leaf._replace(gpa=places[span] + leaf.gpa - starts[span]))
+    return moved, [(start, end - start) for start, end in spans]
+
+
+def _backed_parts(leaf: memory.Leaf, physical: memory.GuestMemory) -> Iterator[memory.Leaf]:
+    """Yield the parts of *leaf* that lie in the guest's memory, each inside one region."""
+    end = leaf.gpa + leaf.page_count * PAGE_SIZE
+    for region in physical.regions():
+        first, last = max(leaf.gpa, region.gpa), min(end, region.end)
+        if first < last:
+            offset = first - leaf.gpa
+            yield leaf._replace(gva=leaf.gva + offset, gpa=first, page_count=(last - first) // PAGE_SIZE)
+
+
+def _contents(
+    spans: Sequence[tuple[int, int]], physical: memory.GuestMemory
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of what is not zero in the *spans*, placed one after another."""
+    place = 0
+    for start, size in spans:
+        for region in physical.regions():
+            first, last = max(start, region.gpa), min(start + size, region.end)
+            if first < last:
+                for offset, length in region.mapping.populated(first - region.gpa, last - first):
+                    gpa = region.gpa + offset
+                    yield place + gpa - start, region.mapping.read(offset, length)
+        place += size
+
+
+# ======================================================================================
+# Metrics
+# ======================================================================================
+
+
+class Counter:
+    """A count that only grows, one for each combination of label values."""
+
+    def __init__(self, name: str, help_text: str) -> None:
+        self.name = name
+        self.help_text = help_text
+        self._lock = threading.Lock()
+        self._values: dict[tuple[tuple[str, str], ...], int] = {}
+
+    def increment(self, **labels: str) -> None:
+        """Add one to the count for *labels*."""
+        key = tuple(sorted(labels.items()))
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + 1
+
+    def value(self, **labels: str) -> int:
+        """Return the count for exactly *labels*."""
+        return self._values.get(tuple(sorted(labels.items())), 0)
+
+
+class Metrics:
+    """The counters of this process's sandboxes, by the names of 0.14 (features.md A.13)."""
+
+    def __init__(self) -> None:
+        self.guest_errors = Counter("guest_errors_total", "Errors that guest functions returned, by code")
+        self.guest_cancellations = Counter("guest_cancellations_total", "Guest calls that were cancelled")
+        self.erroneous_vcpu_kicks = Counter(
+            "erroneous_vcpu_kicks_total", "Signals that interrupted a guest without a reason"
+        )
+
+
+metrics = Metrics()
+
+
+# ======================================================================================
+# The virtual machine: one VM, one vCPU, its memory slots
+# ======================================================================================
+
+
+_RFLAGS_AT_ENTRY = 2
+"""Bit 1 of rflags is always set."""
+
+
+class _VirtualMachine:
+    """A KVM VM with one vCPU, as the ABI wants it (abi.md 6). ``page`` is its kvm_run page."""
+
+    def __init__(self, slots: Sequence[tuple[int, SharedMemory, bool]], cr3: int) -> None:
+        self._slots: dict[int, int] = {}
+        self._free_slots: list[int] = []
+        with contextlib.ExitStack() as undo:
+            kvm = undo.enter_context(_open_kvm())
+            self._vm = undo.enter_context(kvm.create_vm())
+            for slot in slots:
+                self.map(*slot)
+            self.vcpu = undo.enter_context(self._vm.create_vcpu(0))
+            self.vcpu.set_cpuid2(_guest_cpuid())
+            self._syncs_registers = bool(kvm.check_extension(Cap.SYNC_REGS) & kvm_abi.SyncRegs.REGS)
+            self.page = self.vcpu.page
+            self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
+            undo.callback(self.exit_reason.release)
+            self._initial_xcrs = self.vcpu.get_xcrs()
+            self.vcpu.set_sregs(_initial_sregs(cr3))
+            kvm.close()
+            self._fds = undo.pop_all()
+
+    def close(self) -> None:
+        """Close the vCPU and the VM."""
+        self._fds.close()
+
+    # -- memory slots --
+
+    def map(self, gpa: int, mapping: SharedMemory, writable: bool) -> None:
+        """Put *mapping* at *gpa* for the guest to read, execute and, if *writable*, write."""
+        slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+        flags = kvm_abi.MemFlag(0) if writable else kvm_abi.MemFlag.READONLY
+        try:
+            mapping.with_hva(
+                lambda hva: self._vm.set_user_memory_region(slot, flags, gpa, mapping.size, hva)
+            )
+        except BaseException:
+            self._free_slots.append(slot)
+            raise
+        self._slots[gpa] = slot
+
+    def unmap(self, gpa: int) -> None:
+        """Take away the mapping that was put at *gpa*."""
+        self._vm.set_user_memory_region(self._slots[gpa], kvm_abi.MemFlag(0), gpa, 0, 0)
+        self._free_slots.append(self._slots.pop(gpa))
+
+    # -- registers --
+
+    @staticmethod
+    def pack(rip: int, rsp: int, *, rflags: int = _RFLAGS_AT_ENTRY, **others: int) -> bytes:
+        """Return kvm_regs with the registers named and zero in all others."""
+        return bytes(kvm_abi.kvm_regs(rip=rip, rsp=rsp, rflags=rflags, **others))
+
+    def load(self, registers: bytes) -> None:
+        """Set the general registers, given as kvm_regs, at the next entry."""
+        if self._syncs_registers:
+            self.page[_SYNC_REGS : _SYNC_REGS + len(registers)] = registers
+            self.page[_DIRTY_REGS] = kvm_abi.SyncRegs.REGS
+        else:
+            self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(registers))
+
+    def registers(self) -> dict[str, int]:
+        """Return the general registers by name."""
+        regs = self.vcpu.get_regs()
+        return {name: getattr(regs, name) for name, *_ in regs._fields_}
+
+    def load_sregs(self, sregs: kvm_abi.kvm_sregs) -> None:
+        """Set the special registers, and drop whatever translations KVM holds.
+
+        Host writes to page tables are not seen by a guest that runs on shadow page tables; toggling
+        CR0.WP makes KVM build new ones (spec/kvm-hosts.md 2.9), and costs one ioctl.
+        """
+        sregs.cr0 ^= kvm_abi.Cr0.WP
+        self.vcpu.set_sregs(sregs)
+        sregs.cr0 ^= kvm_abi.Cr0.WP
+        self.vcpu.set_sregs(sregs)
+
+    def reset_vcpu(self, sregs: kvm_abi.kvm_sregs) -> None:
+        """Put every register that a guest can change back (abi.md 6.5), with *sregs* as given."""
+        self.load(self.pack(rip=0, rsp=0))
+        self.vcpu.set_debugregs(kvm_abi.kvm_debugregs())
+        self.vcpu.set_xsave(_initial_xsave())
+        self.vcpu.set_xcrs(self._initial_xcrs)
+        self.load_sregs(sregs)
+
+    def reset_fpu(self) -> None:
+        """Put x87 and SSE registers back, as at each call (abi.md 6.4)."""
+        self.vcpu.set_fpu(_INITIAL_FPU)
+
+
+_EXIT_REASON = kvm_abi.kvm_run.exit_reason.offset
+_DIRTY_REGS = kvm_abi.kvm_run.kvm_dirty_regs.offset
+_SYNC_REGS = kvm_abi.kvm_run.s.offset
+
+_INITIAL_FPU = kvm_abi.kvm_fpu(fcw=0x37F, mxcsr=0x1F80)
+
+
+def _initial_xsave() -> kvm_abi.kvm_xsave:
+    """Return the state of x87, SSE, AVX and all the rest as after a reset (abi.md 6.5)."""
+    xsave = kvm_abi.kvm_xsave()
+    xsave.region[0] = 0x37F
+    xsave.region[6] = 0x1F80
+    xsave.region[128] = 0b11  # XSTATE_BV: x87 and SSE hold the values above
+    return xsave
+
+
+def _initial_sregs(cr3: int) -> kvm_abi.kvm_sregs:
+    """Return long mode at CPL 0 with paging on and no descriptor tables (abi.md 6.2)."""
+    sregs = kvm_abi.kvm_sregs()
+    sregs.cs.type, sregs.cs.s, sregs.cs.present, sregs.cs.l = 0xB, 1, 1, 1
+    sregs.tr.limit, sregs.tr.type, sregs.tr.present = 0xFFFF, 0xB, 1
+    sregs.cr0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.AM | Cr0.PG
+    sregs.cr3 = cr3
+    sregs.cr4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
+    sregs.efer = Efer.SCE | Efer.LME | Efer.LMA | Efer.NX
+    return sregs
+
+
+@functools.cache
+def _guest_cpuid() -> kvm_abi.kvm_cpuid2:
+    """Return KVM's CPUID with 36 physical address bits: otherwise PTEs into scratch may fault (abi.md 6.1).
+
+    Asked once for the process: it costs as much as creating a vCPU.
+    """
+    with _open_kvm() as kvm:
+        cpuid = kvm.supported_cpuid()
+    for entry in cpuid.entries:
+        if entry.function == 0x8000_0008:
+            entry.eax = entry.eax & ~0xFF | memory.MAX_GPA.bit_length()
+    return cpuid
+
+
+def _open_kvm() -> kvm_abi.Kvm:
+    """Open KVM. Raises ``NoHypervisorFound``, which says what to do."""
+    try:
+        kvm = kvm_abi.Kvm(KVM_PATH)
+    except kvm_abi.KvmError as error:
+        raise NoHypervisorFound(_why_no_kvm(error)) from error
+    version = kvm.api_version()
+    if version != kvm_abi.KVM_API_VERSION or not kvm.check_extension(Cap.USER_MEMORY):
+        kvm.close()
+        raise NoHypervisorFound(f"{KVM_PATH} speaks version {version} of the KVM API; this host needs 12")
+    return kvm
+
+
+def _why_no_kvm(error: OSError) -> str:
+    if platform.machine() != "x86_64":
+        return f"No Hypervisor was found for Sandbox: it runs on x86-64, this machine is {platform.machine()}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"No Hypervisor was found for Sandbox: {KVM_PATH} may not be opened by you; "
+            f"join the group that owns it: sudo usermod -aG {_group_of(KVM_PATH)} $USER, and log in again"
+        )
+    if error.errno == errno.ENOENT:
+        return (
+            f"No Hypervisor was found for Sandbox: {KVM_PATH} does not exist; load the module (modprobe "
+            "kvm_intel or kvm_amd), or switch on virtualisation in the firmware (in a VM: nested virtualisation)"
+        )
+    return f"No Hypervisor was found for Sandbox: {error}"
+
+
+def _group_of(path: str) -> str:
+    try:
+        import grp
+
+        return grp.getgrgid(os.stat(path).st_gid).gr_name
+    except (OSError, KeyError):
+        return "kvm"
+
+
+@functools.cache
+def is_hypervisor_present() -> bool:
+    """Whether KVM can be used here; asked once for the process."""
+    try:
+        _open_kvm().close()
+    except NoHypervisorFound:
+        return False
+    return True
+
+
+@functools.cache
+def cpl0_is_emulated() -> bool:
+    """Whether this KVM emulates guest code at CPL 0, so that kernel-mode guests are slow and have no SSE.
+
+    Probed by running one SSE instruction at CPL 0 (spec/kvm-hosts.md 1); asked once for the process.
+    """
+    xorps_hlt = bytes.fromhex("0f57c0 f4")
+    layout = SandboxMemoryLayout(code_size=PAGE_SIZE, heap_size=PAGE_SIZE)
+    with contextlib.ExitStack() as undo:
+        ram = undo.enter_context(SharedMemory.anonymous(layout.scratch_size))
+        base = layout.scratch_base_gpa
+        tables = memory.PageTableBuilder(base)
+        code_offset = layout.scratch_size - PAGE_SIZE
+        tables.map(BASE_ADDRESS, base + code_offset, PAGE_SIZE, writable=False, executable=True)
+        ram.write(0, tables.to_bytes())
+        ram.write(code_offset, xorps_hlt)
+        vm = _VirtualMachine([(base, ram, True)], base)
+        undo.callback(vm.close)
+        vm.load(vm.pack(rip=BASE_ADDRESS, rsp=0))
+        return vm.vcpu.run() == 0 and vm.exit_reason[0] == KvmExit.INTERNAL_ERROR

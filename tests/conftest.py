@@ -1,0 +1,102 @@
+"""What the tests need from the machine, asked in one place.
+
+A test that needs KVM, a compiler or a debugger says so with ``require("kvm")``, which is a pytest
+mark: the test is skipped with the reason, or fails with it when the environment variable
+``HYPERLIGHT_REQUIRE`` names the need (``HYPERLIGHT_REQUIRE=kvm,gcc,gdb``, as ``.ci/run`` sets it).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _lacks_kvm() -> str | None:
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}"
+    return None
+
+
+def _lacks_program(name: str) -> Callable[[], str | None]:
+    return lambda: None if shutil.which(name) else f"{name} is not installed"
+
+
+def _lacks_real_cpl0() -> str | None:
+    """Say why guest code at CPL 0 cannot use SSE, breakpoints and the like here (spec: kvm-hosts.md 1)."""
+    if (reason := _lacks_kvm()) is not None:
+        return reason
+    import hyperlight
+
+    return "this KVM emulates CPL 0" if hyperlight.cpl0_is_emulated() else None
+
+
+def _lacks_wheels() -> str | None:
+    import wheels
+
+    return wheels.why_unavailable()
+
+
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "kvm": _lacks_kvm,
+    "real_cpl0": _lacks_real_cpl0,
+    "gcc": _lacks_program("gcc"),
+    "gdb": _lacks_program("gdb"),
+    "lldb": _lacks_program("lldb"),
+    "wheels": _lacks_wheels,
+}
+
+
+@functools.cache
+def missing(need: str) -> str | None:
+    """Return why *need* cannot be had on this machine, or None when it can."""
+    return NEEDS[need]()
+
+
+def require(need: str) -> pytest.MarkDecorator:
+    """Mark a test that cannot run without *need*, a key of ``NEEDS``."""
+    if need not in NEEDS:
+        raise KeyError(f"unknown need {need!r}: one of {', '.join(NEEDS)}")
+    return pytest.mark.require(need)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "require(need): skip, with the reason, where the machine lacks it")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    insisted = os.environ.get("HYPERLIGHT_REQUIRE", "").split(",")
+    for mark in item.iter_markers("require"):
+        (need,) = mark.args
+        if (reason := missing(need)) is None:
+            continue
+        if need in insisted:
+            pytest.fail(f"HYPERLIGHT_REQUIRE names {need}, but {reason}", pytrace=False)
+        pytest.skip(f"needs {need}: {reason}")
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves behind an open file descriptor, a mapping or a thread."""
+    before = process_resources()
+    yield
+    after = process_resources()
+    assert after == before
+
+
+def process_resources() -> tuple[int, int, int]:
+    """Count this process's file descriptors, its KVM and memfd mappings, and its threads."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return (
+        len(os.listdir("/proc/self/fd")),
+        sum("kvm" in line or "memfd:hyperlight" in line for line in maps),
+        len(os.listdir("/proc/self/task")),
+    )
