@@ -36,6 +36,7 @@ import enum
 import errno
 import functools
 import inspect
+import io
 import itertools
 import logging
 import os
@@ -73,6 +74,9 @@ from memory import (
     UInt,
     ULong,
 )
+
+if typing.TYPE_CHECKING:
+    import argparse  # imported by `main` when the command line needs it
 
 __version__ = "0.14.0"
 
@@ -662,6 +666,7 @@ class UninitializedSandbox:
         self._snapshot: Snapshot | None = _image_of(environment, self._config)
         self._functions = HostFunctions()
         self._files: list[_FileMapping] = []
+        self._interrupt = InterruptHandle(signal.SIGRTMIN + self._config.interrupt_vcpu_sigrtmin_offset)
 
     def register(
         self,
@@ -687,6 +692,10 @@ class UninitializedSandbox:
         self._files.append(file)
         return file.size
 
+    def interrupt_handle(self) -> InterruptHandle:
+        """Return the handle of this sandbox and the one it evolves into: it can end initialisation, too."""
+        return self._interrupt
+
     def snapshot(self) -> Snapshot:
         """Return the guest as it is before its initialisation; ``from_snapshot`` starts from there."""
         if self._snapshot is None:
@@ -705,7 +714,9 @@ class UninitializedSandbox:
         with contextlib.ExitStack() as undo:
             for file in files:
                 undo.enter_context(file)
-            return MultiUseSandbox(snapshot, self._functions, self._config, _files=files)
+            return MultiUseSandbox(
+                snapshot, self._functions, self._config, _files=files, _interrupt=self._interrupt
+            )
 
     @property
     def layout(self) -> SandboxMemoryLayout:
@@ -758,6 +769,7 @@ class MultiUseSandbox:
         config: SandboxConfiguration | None = None,
         *,
         _files: Sequence[_FileMapping] = (),
+        _interrupt: InterruptHandle | None = None,
     ) -> None:
         self._functions = host_functions.copy() if host_functions is not None else HostFunctions()
         self._config = config or SandboxConfiguration()
@@ -768,7 +780,10 @@ class MultiUseSandbox:
         self._closed = False
         self._snapshot = snapshot if snapshot.is_initialized else None
         with _kvm_errors_in_tree():
-            self._guest = _Guest(snapshot, self._functions, self._config)
+            interrupt = _interrupt or InterruptHandle(
+                signal.SIGRTMIN + self._config.interrupt_vcpu_sigrtmin_offset
+            )
+            self._guest = _Guest(snapshot, self._functions, interrupt)
             try:
                 for file in _files:
                     self._guest.map_file(file)
@@ -1115,6 +1130,7 @@ class InterruptHandle:
         self._signal = signal_number
         self._thread: int | None = None  # that of the call in progress
         self._canceled = False
+        self._dropped = False
         self._page: memoryview | None = None
         _install_kick_handler(signal_number)
 
@@ -1133,7 +1149,14 @@ class InterruptHandle:
 
     def dropped(self) -> bool:
         """Return whether the sandbox has been closed."""
-        return self._page is None
+        return self._dropped
+
+    def _attach(self, page: memoryview) -> None:
+        """Take the kvm_run page of the vCPU to interrupt."""
+        self._page = page
+
+    def _detach(self) -> None:
+        self._dropped, self._page = True, None
 
     def _kick(self) -> None:
         assert self._page is not None and self._thread is not None
@@ -1336,10 +1359,10 @@ class _MemoryLost(Exception):
 class _Guest:
     """A guest in its VM. Not locked: the sandbox sees to it that one thread at a time is here."""
 
-    def __init__(self, snapshot: Snapshot, functions: HostFunctions, config: SandboxConfiguration) -> None:
+    def __init__(self, snapshot: Snapshot, functions: HostFunctions, interrupt: InterruptHandle) -> None:
         self.snapshot = snapshot
         self.functions = functions
-        self.interrupt = InterruptHandle(signal.SIGRTMIN + config.interrupt_vcpu_sigrtmin_offset)
+        self.interrupt = interrupt
         self._abort_bytes = bytearray()
         self._entry_registers = self._next_entry_registers = b""
         self.host_failure: BaseException | None = None
@@ -1362,11 +1385,11 @@ class _Guest:
                 self._reset(snapshot)
             undo.callback(self._close_files)
             self._undo = undo.pop_all()
-        self.interrupt._page = self._vm.page
+        interrupt._attach(self._vm.page)
 
     def close(self) -> None:
         """Release the VM, its memories and the regions mapped into it."""
-        self.interrupt._page = None
+        self.interrupt._detach()
         self._undo.close()
 
     # -- entering ----------------------------------------------------------------------
@@ -2023,7 +2046,7 @@ def _why_no_kvm(error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return (
             f"No Hypervisor was found for Sandbox: {KVM_PATH} does not exist; load the module (modprobe "
-            "kvm_intel or kvm_amd), or switch on virtualisation in the firmware (in a VM: nested virtualisation)"
+            "kvm_intel or kvm_amd), or switch on virtualisation in the firmware (in a VM: nested one)"
         )
     return f"No Hypervisor was found for Sandbox: {error}"
 
@@ -2067,3 +2090,952 @@ def cpl0_is_emulated() -> bool:
         undo.callback(vm.close)
         vm.load(vm.pack(rip=BASE_ADDRESS, rsp=0))
         return vm.vcpu.run() == 0 and vm.exit_reason[0] == KvmExit.INTERNAL_ERROR
+
+
+# ======================================================================================
+# Command line
+# ======================================================================================
+
+
+class _Status(enum.IntEnum):
+    """Exit statuses of the command line; ``_STATUS_MEANINGS`` says what they mean."""
+
+    OK = 0
+    GUEST_FAILED = 1
+    USAGE = 2
+    BAD_INPUT = 3
+    NO_KVM = 4
+    HOST_FAILED = 5
+    TIMED_OUT = 124  # as timeout(1)
+    INTERRUPTED = 130  # as a shell reports a death by SIGINT
+    BROKEN_PIPE = 141  # as a shell reports a death by SIGPIPE
+
+
+_STATUS_MEANINGS = {
+    _Status.OK: "the guest did what it was asked to",
+    _Status.GUEST_FAILED: "the guest answered with an error, crashed or does not compile",
+    _Status.USAGE: "the command line makes no sense",
+    _Status.BAD_INPUT: "a guest file, an argument, a size or another file cannot be used",
+    _Status.NO_KVM: "there is no usable KVM on this machine ('hyperlight doctor' says why)",
+    _Status.HOST_FAILED: "something else of this machine failed: KVM refused a request, gcc is missing ...",
+    _Status.TIMED_OUT: "--timeout ran out and the guest was stopped",
+    _Status.INTERRUPTED: "Ctrl-C; the guest was stopped",
+    _Status.BROKEN_PIPE: "whoever read the output went away",
+}
+
+
+class _CommandError(HyperlightError):
+    """What ends a command: its exit status, one line, and for a crashed guest more lines below it."""
+
+    def __init__(self, status: _Status, headline: str, *details: str) -> None:
+        super().__init__(headline)
+        self.status = status
+        self.details = details
+
+
+_STATUS_OF: tuple[tuple[type[HyperlightError], _Status], ...] = (
+    (NoHypervisorFound, _Status.NO_KVM),
+    (GuestError, _Status.GUEST_FAILED),
+    (GuestFailure, _Status.GUEST_FAILED),
+    (memory.InvalidFlatBuffer, _Status.GUEST_FAILED),
+    (GuestBinaryNotFound, _Status.BAD_INPUT),
+    (memory.ElfError, _Status.BAD_INPUT),
+    (LayoutError, _Status.BAD_INPUT),
+    (memory.ValueRangeError, _Status.BAD_INPUT),
+    (IoStackError, _Status.BAD_INPUT),
+    (HyperlightError, _Status.HOST_FAILED),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``hyperlight`` command with the arguments *argv*, by default the process's own.
+
+    Returns the exit status, of which ``hyperlight --help`` prints the table. Nothing is raised for bad
+    input: it becomes one line on standard error.
+    """
+    try:
+        arguments = _argument_parser().parse_args(argv)
+        with _logging_to_stderr(arguments.verbose):
+            status = _run_command(arguments)
+    except SystemExit as finished:  # how argparse ends after --help, --version and bad usage
+        status = int(finished.code or 0)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return _leave_broken_pipe()
+    return status
+
+
+def _run_command(arguments: argparse.Namespace) -> int:
+    """Run the chosen command and turn whatever ends it into an exit status."""
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return _Status.INTERRUPTED
+    except BrokenPipeError:
+        return _leave_broken_pipe()
+    except HyperlightError as error:
+        if _is_caused_by(error, BrokenPipeError):
+            return _leave_broken_pipe()
+        _logger.debug("where it came from", exc_info=error)
+        details = error.details if isinstance(error, _CommandError) else ()
+        _complain(str(error), *details)
+        if isinstance(error, _CommandError):
+            return error.status
+        return next(status for kind, status in _STATUS_OF if isinstance(error, kind))
+    except OSError as error:
+        _complain(f"the output cannot be written: {error.strerror or error}")
+        return _Status.HOST_FAILED
+
+
+def _is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error is not None
+
+
+def _leave_broken_pipe() -> int:
+    """Send what is left of the output nowhere, or the interpreter would complain at its exit."""
+    with contextlib.suppress(OSError, ValueError):  # standard output may not be a file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _Status.BROKEN_PIPE
+
+
+# -- text that leaves ----------------------------------------------------------------------
+
+_MAX_SHOWN = 1000
+"""Characters of a line of error text; a guest may have written it."""
+
+
+def _escaped(text: str) -> str:
+    """Return *text* as one line that is harmless on a terminal, whoever wrote it."""
+    shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def _complain(headline: str, *details: str) -> None:
+    """Print the error line, and below it, indented, what a crashed guest said."""
+    lines = [f"hyperlight: error: {_escaped(headline)}", *(f"    {_escaped(line)}" for line in details)]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _put(output: str | bytes) -> None:
+    """Write to standard output: text as UTF-8 whatever the locale, bytes as they are."""
+    if sys.stdout is not None:
+        data = output if isinstance(output, bytes) else output.encode("utf-8", "backslashreplace")
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def _logging_to_stderr(verbose: bool) -> Iterator[None]:
+    """Show what guests log, and if *verbose* what the host does, for the time of a command."""
+
+    class Lines(logging.Formatter):
+        def formatMessage(self, record: logging.LogRecord) -> str:
+            return _escaped(super().formatMessage(record))
+
+        def formatException(self, *args: Any) -> str:
+            return "\n".join(map(_escaped, super().formatException(*args).split("\n")))
+
+    handler = logging.StreamHandler(sys.stderr)
+    guest_handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines("[host %(levelname)s] %(message)s"))
+    guest_handler.setFormatter(Lines("[guest %(levelname)s %(filename)s:%(lineno)d] %(message)s"))
+    chosen = [(_guest_logger, guest_handler, TRACE)]  # the guest itself keeps to its level
+    if verbose:
+        chosen.append((_logger, handler, logging.DEBUG))
+    logging.addLevelName(TRACE, "TRACE")
+    with contextlib.ExitStack() as undo:
+        for logger, sink, level in chosen:
+            undo.callback(logger.setLevel, logger.level)
+            undo.callback(logger.removeHandler, sink)
+            logger.setLevel(level)
+            logger.addHandler(sink)
+        yield
+
+
+# -- run, call ----------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Boot the guest and call its ``Main``, if it has one, with the arguments as strings."""
+    try:
+        result = _call_guest(arguments, "Main", arguments.arguments)
+    except GuestError as error:
+        if error.code is ErrorCode.GuestFunctionNotFound:
+            return _Status.OK
+        raise
+    if isinstance(result, int) and not isinstance(result, bool):
+        return result if 0 <= result <= 255 else 255
+    _put_result(result)
+    return _Status.OK
+
+
+def _call(arguments: argparse.Namespace) -> int:
+    """Boot the guest, call one function and print its result."""
+    values = [_argument_value(text) for text in arguments.arguments]
+    try:
+        _put_result(_call_guest(arguments, arguments.function, values))
+    except GuestError as error:
+        if error.code is not ErrorCode.GuestFunctionNotFound:
+            raise
+        message = f"the guest {arguments.guest} has no function {arguments.function}"
+        raise _CommandError(_Status.GUEST_FAILED, message) from error
+    return _Status.OK
+
+
+def _call_guest(arguments: argparse.Namespace, function: str, values: Sequence[Any]) -> Any:
+    """Boot the guest, call *function* in it and return its result."""
+    with UninitializedSandbox(_environment(arguments), _configuration(arguments)) as uninitialized:
+        elf = uninitialized.snapshot().elf
+        uninitialized.register("HostPrint", _print_plainly, (str,), Int)
+        uninitialized.register("HostAdd", lambda left, right: left + right, (Int, Int), Int)
+        guest = _GuestThread(uninitialized, function, values)
+        guest.start()
+        try:
+            return guest.result(arguments.timeout)
+        except TimeoutError:
+            place = _place(elf, guest.stop())
+            message = f"the guest did not finish within {arguments.timeout:g} s{place}"
+            raise _CommandError(_Status.TIMED_OUT, message) from None
+        except KeyboardInterrupt:
+            place = _place(elf, guest.stop())
+            raise _CommandError(_Status.INTERRUPTED, f"interrupted: the guest was stopped{place}") from None
+        except GuestFailure as failure:
+            headline, *details = str(failure).split("\n")
+            place = _place(elf, _registers_of(failure))
+            raise _CommandError(_Status.GUEST_FAILED, headline + place, *details) from failure
+
+
+class _GuestThread(threading.Thread):
+    """Boots a guest and makes one call, beside the main thread: Ctrl-C reaches only that one.
+
+    A daemon, so that a guest which cannot be stopped, because it waits for a host function that hangs,
+    does not keep the process.
+    """
+
+    STOP_GRACE_S = 1.0
+
+    def __init__(self, uninitialized: UninitializedSandbox, function: str, values: Sequence[Any]) -> None:
+        super().__init__(name="hyperlight-guest", daemon=True)
+        self._uninitialized = uninitialized
+        self._function = function
+        self._values = values
+        self._interrupt = uninitialized.interrupt_handle()
+        self._ended = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Keep the result or the error for ``result()``."""
+        try:
+            with self._uninitialized.evolve() as sandbox:
+                self._result = sandbox.call(self._function, *self._values)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def result(self, timeout_s: float | None) -> Any:
+        """Return the call's result or raise its error. Raises ``TimeoutError`` after *timeout_s*."""
+        if not self._ended.wait(timeout_s):
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def stop(self) -> Mapping[str, int]:
+        """End the call and return the registers it had; {} where it had ended, or does not end."""
+        for _ in range(2):  # the first kill may come just before the call begins
+            self._interrupt.kill()
+            if self._ended.wait(self.STOP_GRACE_S):
+                break
+        return _registers_of(self._error)
+
+
+def _registers_of(error: BaseException | None) -> Mapping[str, int]:
+    """Return the registers of a guest's failure, or of the one that caused it."""
+    while isinstance(error, GuestFailure) and not error.registers:
+        error = error.__cause__
+    return error.registers if isinstance(error, GuestFailure) else {}
+
+
+def _place(elf: GuestElf, registers: Mapping[str, int]) -> str:
+    """Say where in the guest's code *registers* are: `` at 0x2041 (spin+0x1)``; nothing where unknown."""
+    if "rip" not in registers:
+        return ""
+    return f" at {_named_address(elf, registers['rip'])}"
+
+
+def _named_address(elf: GuestElf, gva: int) -> str:
+    """Spell a gva, with the function it is in where the guest has symbols."""
+    offset = gva - BASE_ADDRESS
+    with contextlib.suppress(memory.ElfError):
+        for symbol in reversed(elf.symbols()):
+            if symbol.offset <= offset < symbol.offset + max(symbol.size, 1):
+                return f"{gva:#x} ({symbol.name}+{offset - symbol.offset:#x})"
+    return f"{gva:#x}"
+
+
+def _print_plainly(text: str) -> Int:
+    _put(text)
+    return Int(len(text.encode()))
+
+
+def _put_result(result: Any) -> None:
+    """Print a result in a line of its own; bytes as they are, or in hex on a terminal; Void not at all."""
+    if isinstance(result, bytes):
+        _put(result.hex() + "\n" if sys.stdout.isatty() else result)
+    elif isinstance(result, bool):
+        _put(f"{result}\n".lower())
+    elif result is not None:
+        _put(f"{result}\n")
+
+
+def _environment(arguments: argparse.Namespace) -> GuestEnvironment:
+    return GuestEnvironment(
+        arguments.guest, _bytes_of_file(arguments.init_data) if arguments.init_data else b""
+    )
+
+
+def _configuration(arguments: argparse.Namespace) -> SandboxConfiguration:
+    """Take each setting that the command line gave; options are stored under the settings' names."""
+    names = [field.name for field in dataclasses.fields(SandboxConfiguration)]
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    return SandboxConfiguration(**given)
+
+
+# -- arguments as they are typed ----------------------------------------------------------
+
+_INTEGER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]{1,32}|[0-9]{1,40})")
+_REAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
+_BOOLEANS = {"true": True, "false": False}
+
+
+def _integer(text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise memory.ValueRangeError("it is not a whole number such as 5, -5 or 0x5")
+    return int(text, 16 if "x" in text.lower() else 10)
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise memory.ValueRangeError("it is not a number such as 1.5, 1e-3, inf or nan") from None
+
+
+def _boolean(text: str) -> bool:
+    if text not in _BOOLEANS:
+        raise memory.ValueRangeError("a Bool is true or false")
+    return _BOOLEANS[text]
+
+
+_TYPED: dict[str, Callable[[str], Any]] = {
+    "Int": lambda text: Int(_integer(text)),
+    "UInt": lambda text: UInt(_integer(text)),
+    "Long": lambda text: Long(_integer(text)),
+    "ULong": lambda text: ULong(_integer(text)),
+    "Float": lambda text: Float(_real(text)),
+    "Double": lambda text: Double(_real(text)),
+    "Bool": _boolean,
+    "String": str,
+    "Bytes": os.fsencode,
+}
+"""What may stand behind the last colon of an argument."""
+
+
+def _argument_value(text: str) -> Any:
+    """Read an argument as the user typed it. Raises ``_CommandError`` where it does not fit its type."""
+    if text.startswith("@@"):
+        return text[1:]
+    if text.startswith("@"):
+        return _bytes_of_file(text[1:])
+    literal, _, kind = text.rpartition(":")
+    try:
+        value = _TYPED[kind](literal) if kind in _TYPED else _untyped(text)
+        memory.wire_type_of(value)
+        return value
+    except memory.ValueRangeError as error:
+        raise _CommandError(_Status.BAD_INPUT, f"the argument {text} cannot be sent: {error}") from error
+
+
+def _untyped(text: str) -> Any:
+    if _INTEGER.fullmatch(text):
+        return _integer(text)
+    if _REAL.fullmatch(text):
+        return float(text)
+    return _BOOLEANS.get(text, text)
+
+
+def _bytes_of_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise _CommandError(_Status.BAD_INPUT, f"{path} cannot be read: {error.strerror}") from error
+
+
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})(?:([KMG])(?:iB)?)?", re.IGNORECASE)
+_SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def _size(text: str) -> int:
+    import argparse
+
+    if (match := _SIZE.fullmatch(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 64K, 16M, 1G, 20000 or 0x4000")
+    number, unit = match.groups()
+    return _integer(number) * _SIZE_UNITS[unit and unit.upper()]
+
+
+def _seconds(text: str) -> float:
+    import argparse
+
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= threading.TIMEOUT_MAX:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds greater than 0")
+
+
+def _readable(size: int) -> str:
+    """Spell a size in bytes with the largest unit that is exact: ``128 KiB``."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} B"
+
+
+# -- inspect ------------------------------------------------------------------------------
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    """Draw a guest's memory and say what is known about its file; nothing is run in it."""
+    config = _configuration(arguments)
+    with UninitializedSandbox(_environment(arguments), config) as uninitialized:
+        snapshot = uninitialized.snapshot()
+        _put("\n".join([*_elf_facts(snapshot.elf), "", *_drawing(snapshot), ""]))
+    return _Status.OK
+
+
+def _elf_facts(elf: GuestElf) -> list[str]:
+    functions = len(elf.symbols())
+    facts = {
+        "file": _escaped(elf.path or "<unknown>"),
+        "image": f"{elf.code_size:#x} bytes in {len(elf.segments)} segments, "
+        f"entered at {_escaped(_named_address(elf, BASE_ADDRESS + elf.entry))}",
+        "symbols": f"{functions} functions" if functions else "none: addresses stay without names",
+        "made for": f"Hyperlight {elf.version}" if elf.version else "any Hyperlight: it has no version note",
+        "privilege": _privilege_of(elf),
+        "runs here": _runs_here(elf),
+    }
+    return [f"{name:<10} {fact}" for name, fact in facts.items()]
+
+
+def _privilege_of(elf: GuestElf) -> str:
+    if elf.user_mode is None or not elf.user_mode.user_mode:
+        return "kernel mode: all of its code runs at CPL 0"
+    size = _readable(elf.user_mode.kernel_size)
+    return f"user mode: its code runs at CPL 3, but for {size} at {elf.user_mode.kernel_offset:#x} of the image"
+
+
+def _runs_here(elf: GuestElf) -> str:
+    try:
+        _open_kvm().close()
+    except NoHypervisorFound as error:
+        return f"no: {error}"
+    with _kvm_errors_in_tree():
+        emulated = cpl0_is_emulated()
+    if emulated and not _is_user_mode(elf):
+        return "yes, slowly and without SSE, AVX and x87: this KVM emulates code at CPL 0"
+    return "yes"
+
+
+class _DrawnRegion(typing.NamedTuple):
+    """A line of the drawing; None for an address means that there is none."""
+
+    name: str
+    gva: int | None
+    gpa: int | None
+    size: int
+    access: str
+
+
+def _drawing(snapshot: Snapshot) -> list[str]:
+    layout = snapshot.layout
+    boxes: tuple[tuple[str, list[_DrawnRegion]], ...] = (
+        (f"image: {_readable(layout.snapshot_size)}, KVM slot 0", _image_regions(snapshot)),
+        (f"scratch: {_readable(layout.scratch_size)}, KVM slot 1", _scratch_regions(snapshot)),
+        ("made by the guest from free pages", _GUEST_MADE_REGIONS),
+    )
+    lines = [f"   {'guest virtual':<18}   {'physical':<11} {'size':>9}  access"]
+    for title, regions in boxes:
+        lines.append(f"+-- {title} ".ljust(_DRAWING_WIDTH, "-") + "+")
+        for name, gva, gpa, size, access in regions:
+            virtual = "-" if gva is None else f"{gva:#018x}"
+            physical = "-" if gpa is None else f"{gpa:#011x}"
+            line = f"|  {virtual:<18}   {physical:<11} {_readable(size):>9}  {access:<9}  {name}"
+            lines.append(line.ljust(_DRAWING_WIDTH) + "|")
+    lines.append("+".ljust(_DRAWING_WIDTH, "-") + "+")
+    who = "the host's kernel" if snapshot.copy_on_write == "host" else "the guest's page-fault handler"
+    lines.append(f"R read, W write, X execute, U at CPL 3 too, c copied by {who} at the first write")
+    return lines
+
+
+_DRAWING_WIDTH = 96
+
+
+def _access(writable: bool, executable: bool, *, user: bool = False, copied: bool = False) -> str:
+    return "".join(
+        letter if has else "-"
+        for letter, has in (("R", True), ("W", writable), ("X", executable), ("U", user), ("c", copied))
+    )
+
+
+def _image_regions(snapshot: Snapshot) -> list[_DrawnRegion]:
+    layout, note = snapshot.layout, snapshot.elf.user_mode
+    names = {region.gpa: _REGION_NAMES[region.name] for region in layout.regions()}
+    drawn = [_DrawnRegion("(null pointers fault)", 0, None, BASE_ADDRESS, "-----")]
+    for leaf in memory.image_leaves(layout, note):
+        access = _access(leaf.writable, leaf.executable, user=leaf.user, copied=leaf.writable)
+        name = names.get(leaf.gpa, "code, continued")
+        if note is not None and leaf.gpa == BASE_ADDRESS + note.kernel_offset and not leaf.user:
+            name = "code, kernel part"
+        drawn.append(_DrawnRegion(name, leaf.gva, leaf.gpa, leaf.page_count * PAGE_SIZE, access))
+    tables_gpa = BASE_ADDRESS + layout.memory_size
+    drawn.append(_DrawnRegion("page tables, original", None, tables_gpa, layout.pt_size, "-----"))
+    return drawn
+
+
+_REGION_NAMES = {
+    "code": "code and statics",
+    "peb": "PEB: where the guest finds the rest",
+    "heap": "heap",
+    "init_data": "init data",
+}
+
+
+def _scratch_regions(snapshot: Snapshot) -> list[_DrawnRegion]:
+    layout = snapshot.layout
+    stack_offset = layout.scratch_size - _NEVER_ALLOCATED
+    free_offset = layout.page_table_scratch_offset + layout.pt_size
+    io = _access(True, False, user=_is_user_mode(snapshot.elf))
+    rows = (
+        ("input buffer: calls and host results", 0, layout.input_data_size, io),
+        ("output buffer: results and host calls", layout.output_scratch_offset, layout.output_data_size, io),
+        ("page tables, live", layout.page_table_scratch_offset, layout.pt_size, _access(True, False)),
+        ("free pages", free_offset, stack_offset - free_offset, _access(True, False)),
+        ("exception stack, bookkeeping", stack_offset, _NEVER_ALLOCATED, _access(True, False)),
+    )
+    return [
+        _DrawnRegion(name, layout.scratch_base_gva + offset, layout.scratch_base_gpa + offset, size, access)
+        for name, offset, size, access in rows
+    ]
+
+
+_NEVER_ALLOCATED = 3 * PAGE_SIZE
+"""Bytes at the top of scratch that a guest's allocator does not hand out (abi.md 1.4)."""
+
+_GUEST_MADE_REGIONS = [
+    _DrawnRegion("GDT, TSS, IDT", memory.PROC_CONTROL_GVA, None, 2 * PAGE_SIZE, _access(True, False)),
+    _DrawnRegion(
+        "main stack, grows down as it is used",
+        memory.MAIN_STACK_LIMIT_GVA,
+        None,
+        memory.MAIN_STACK_TOP_GVA - memory.MAIN_STACK_LIMIT_GVA,
+        _access(True, False),
+    ),
+]
+
+
+# -- doctor -------------------------------------------------------------------------------
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Find out whether guests can run here, and say for each thing that is missing what to do."""
+    _put(f"hyperlight {__version__}, Python {platform.python_version()}, {platform.platform()}\n\n")
+    status = _Status.OK
+    try:
+        _examine_kvm()
+        _examine_boot()
+    except HyperlightError as error:
+        _put_check("FAIL", str(error))
+        status = next(status for kind, status in _STATUS_OF if isinstance(error, kind))
+    _put("\n")
+    for found, name, purpose, advice in _tools():
+        _put_check("ok" if found else "--", f"{name}: {purpose}" + ("" if found else f"; {advice}"))
+    verdict = "Guests can run here." if status is _Status.OK else "Guests cannot run here."
+    _put(f"\n{verdict}\n")
+    return status
+
+
+def _put_check(mark: str, text: str) -> None:
+    _put(f"[{mark:^4}] {_escaped(text)}\n")
+
+
+def _examine_kvm() -> None:
+    """Print what KVM offers. Raises ``NoHypervisorFound``, which says what to do."""
+    with _kvm_errors_in_tree(), _open_kvm() as kvm:
+        _put_check("ok", f"{KVM_PATH} can be opened and speaks version {kvm.api_version()} of the KVM API")
+        for capability, purpose, without in _CAPABILITIES:
+            value = kvm.check_extension(capability)
+            lack = "" if value else f"; without it {without}"
+            mark = "ok" if value else "--"
+            _put_check(mark, f"{f'KVM_CAP_{capability.name} = {value}':<30} {purpose}{lack}")
+    with _kvm_errors_in_tree():
+        emulated = cpl0_is_emulated()
+    _put_check(
+        "--" if emulated else "ok",
+        "code at CPL 0 is emulated: kernel-mode guests are slow and have no SSE, AVX and x87; "
+        "prefer user-mode guests"
+        if emulated
+        else "code at CPL 0 runs natively: every kind of guest is fast",
+    )
+
+
+_CAPABILITIES = (
+    (Cap.USER_MEMORY, "guest memory", "nothing works"),
+    (Cap.IMMEDIATE_EXIT, "stopping a guest without a race", "a kill may come too early and be lost"),
+    (Cap.READONLY_MEM, "mapped files, copy-on-write by the guest", "both fail"),
+    (Cap.SYNC_REGS, "registers without ioctls", "each call takes a little longer"),
+    (Cap.EXT_CPUID, "the CPUID that a guest sees", "no guest boots"),
+    (Cap.XSAVE, "snapshots: vector registers", "restore() fails"),
+    (Cap.XCRS, "snapshots: XCR0", "no guest boots"),
+    (Cap.DEBUGREGS, "snapshots: debug registers", "restore() fails"),
+    (Cap.INTERNAL_ERROR_DATA, "naming an instruction that KVM cannot emulate", "it stays unnamed"),
+    (Cap.NR_MEMSLOTS, "mapped regions and files, two less than this", "the number is unknown"),
+)
+"""The capabilities that this host uses: what for, and what becomes of it without."""
+
+_BOOT_LIMIT_S = 10.0
+
+
+def _examine_boot() -> None:
+    """Boot the guest ``hello`` and print how long it took. Raises ``HyperlightError``."""
+    import time
+
+    printed = io.StringIO()
+    started = time.perf_counter()
+    with UninitializedSandbox("hello") as uninitialized:
+        uninitialized.register("HostPrint", printed.write, (str,), Int)
+        guest = _GuestThread(uninitialized, "Main", ["doctor"])
+        guest.start()
+        try:
+            guest.result(_BOOT_LIMIT_S)
+        except TimeoutError:
+            guest.stop()
+            raise HyperlightError(f"the guest hello did not finish within {_BOOT_LIMIT_S:g} s") from None
+    if (greeting := printed.getvalue().strip()) != "Hello, doctor!":
+        raise HyperlightError(f"the guest hello said {greeting!r} instead of 'Hello, doctor!'")
+    milliseconds = (time.perf_counter() - started) * 1000
+    _put_check("ok", f"the guest hello booted and said {greeting!r} after {milliseconds:.0f} ms")
+
+
+def _tools() -> Iterator[tuple[bool, str, str, str]]:
+    """Yield (found, name, what for, how to get it) for each program that is useful, but not needed."""
+    import shutil
+
+    for name, purpose in (("gcc", "'hyperlight build' compiles guests"), ("gdb", "looks into guests")):
+        yield shutil.which(name) is not None, name, purpose, f"to have it: apt install {name}"
+    found = _musl_archive() is not None
+    yield found, "musl", "the C library for guests beyond the SDK's own", "to have it: apt install musl-dev"
+
+
+# -- build --------------------------------------------------------------------------------
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    """Compile C files and link them with the guest SDK."""
+    import tempfile
+
+    output, guests = os.path.abspath(arguments.output), _sdk_parent()
+    include = ["-I", os.path.join(guests, "sdk"), f"-ffile-prefix-map={guests}=."]
+    with tempfile.TemporaryDirectory() as directory:
+        objects = [os.path.join(directory, f"{name.partition('.')[0]}.o") for name, _ in _SDK_SOURCES]
+        for (name, flags), compiled in zip(_SDK_SOURCES, objects, strict=True):
+            source = os.path.join(guests, "sdk", name)
+            _gcc([*_SDK_FLAGS, *flags, *include, "-c", source, "-o", compiled], guests, source)
+        for number, file in enumerate(arguments.sources):
+            objects.append(os.path.join(directory, f"{number}.guest.o"))
+            _compile_guest(file, [*_GUEST_FLAGS, *include, "-o", objects[-1]], guests)
+        script = f"-Wl,-T,{os.path.join(guests, 'sdk', 'guest.ld')}"
+        archive = _musl_archive()
+        libraries = [] if archive is None else [archive]
+        _gcc([*_LINK_FLAGS, script, *objects, *libraries, "-o", output], guests, arguments.output)
+    return _Status.OK
+
+
+def _compile_guest(file: str, flags: Sequence[str], guests: str) -> None:
+    """Compile a guest's source, with SSE only where it computes with floating point."""
+    command = [*flags, "-c", os.path.abspath(file)]
+    try:
+        _gcc([*_INTEGER_ONLY, *command], guests, file, retried_if="SSE")
+    except _NeedsRetry:
+        _gcc(command, guests, file)
+
+
+class _NeedsRetry(Exception):
+    """gcc failed for a reason that its caller can do something about."""
+
+
+def _gcc(flags: Sequence[str], guests: str, product: str, *, retried_if: str | None = None) -> None:
+    """Run gcc and show what it says. Raises ``_CommandError`` if it fails or is not there.
+
+    It runs in *guests*, so that debug information does not depend on the user's directory. Raises
+    ``_NeedsRetry``, showing nothing, if it fails and says *retried_if*.
+    """
+    import subprocess
+
+    try:
+        done = subprocess.run(["gcc", *flags], cwd=guests, stderr=subprocess.PIPE, check=False)
+    except FileNotFoundError as error:
+        raise _CommandError(
+            _Status.HOST_FAILED, "gcc is not installed, which compiles guests: apt install gcc"
+        ) from error
+    said = done.stderr.decode("utf-8", "replace")
+    if done.returncode and retried_if is not None and retried_if in said:
+        raise _NeedsRetry
+    sys.stderr.write(said)
+    if done.returncode:
+        raise _CommandError(_Status.GUEST_FAILED, f"{product} does not compile: gcc says above why")
+
+
+def _sdk_parent() -> str:
+    for directory in map(os.path.dirname, _PREBUILT_GUESTS):
+        if os.path.isdir(os.path.join(directory, "sdk")):
+            return directory
+    raise _CommandError(
+        _Status.HOST_FAILED,
+        f"the guest SDK is not there: copy the project's directory guests beside {os.path.basename(__file__)}",
+    )
+
+
+def _musl_archive() -> str | None:
+    return next((archive for archive in _MUSL_ARCHIVES if os.path.isfile(archive)), None)
+
+
+_MUSL_ARCHIVES = ("/usr/lib/x86_64-linux-musl/libc.a", "/usr/lib/musl/lib/libc.a", "/usr/local/musl/lib/libc.a")
+
+# fmt: off
+_INTEGER_ONLY = ("-mgeneral-regs-only",)
+_COMMON_FLAGS = (
+    "-std=gnu11", "-O2", "-fPIE", "-fvisibility=hidden", "-fno-stack-protector", "-fcf-protection=none",
+    "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fno-ident", "-fno-common",
+    "-mno-red-zone", "-mno-popcnt", "-mno-bmi", "-mno-bmi2", "-mno-lzcnt", "-mno-movbe", "-mno-stv",
+    "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-U_FORTIFY_SOURCE",
+)
+_SDK_FLAGS = (*_COMMON_FLAGS, "-g1", "-ffreestanding", "-fno-tree-loop-distribute-patterns")
+_GUEST_FLAGS = (
+    *_COMMON_FLAGS, "-g", "-fno-builtin-printf", "-fno-builtin-puts", "-fno-builtin-putchar",
+    "-fstack-clash-protection",
+)
+_SDK_SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("entry.S", ()),
+    ("kernel.c", _INTEGER_ONLY),
+    ("runtime.c", _INTEGER_ONLY),
+    ("messages.c", _INTEGER_ONLY),
+    ("libc.c", _INTEGER_ONLY),
+    ("printf.c", ()),
+)
+_LINK_FLAGS = (
+    "-static-pie", "-nostdlib", "-Wl,--no-dynamic-linker", "-Wl,--build-id=none",
+    "-Wl,-z,max-page-size=4096", "-Wl,-z,norelro", "-Wl,-z,noexecstack", "-Wl,--hash-style=sysv",
+    "-Wl,--compress-debug-sections=zlib",
+)
+# fmt: on
+
+
+# -- the commands and their options ---------------------------------------------------------
+
+
+class _Option(typing.NamedTuple):
+    """What ``argparse`` needs to know about an option or argument."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def _option(*names: str, **settings: Any) -> _Option:
+    return _Option(names, settings)
+
+
+class _Command(typing.NamedTuple):
+    """A subcommand: its name, what follows it, a line about it, help text, options and function."""
+
+    name: str
+    synopsis: str
+    summary: str
+    explanation: str
+    options: tuple[_Option, ...]
+    function: Callable[[argparse.Namespace], int]
+
+
+_GUEST = _option("guest", metavar="GUEST", help="a guest's ELF file, or hello or simpleguest, which are included")
+
+_LAYOUT_OPTIONS = (
+    *(
+        _option(option, dest=setting, type=_size, metavar="SIZE", help=text)
+        for option, setting, text in (
+            ("--input-size", "input_data_size", "buffer for calls and host functions' results (16K)"),
+            ("--output-size", "output_data_size", "buffer for results and calls of host functions (16K)"),
+            ("--heap-size", "heap_size", "the guest's heap (128K)"),
+            ("--scratch-size", "scratch_size", "buffers, page tables, stack (288K); a multiple of 4K"),
+        )
+    ),
+    _option(
+        "--copy-on-write", choices=("guest", "host"), help="who copies a page at its first write (host)"
+    ),
+    _option("--init-data", metavar="FILE", help="bytes that the guest finds in its memory"),
+)
+_VERBOSE = _option("-v", "--verbose", action="store_true", help="show the host's own log and tracebacks")
+_RUN_OPTIONS = (
+    *_LAYOUT_OPTIONS,
+    _option(
+        "--log-level",
+        dest="guest_log_level",
+        type=str.lower,
+        choices=(*_GUEST_LOG_LEVELS, *"012345"),
+        metavar="LEVEL",
+        help="what the guest logs to standard error: off, error, warn, info, debug, trace or 0 to 5 "
+        "(what RUST_LOG says, or error)",
+    ),
+    _option("--timeout", type=_seconds, metavar="SECONDS", help="stop the guest after this long"),
+)
+
+_COMMANDS = (
+    _Command(
+        "run",
+        "[options] GUEST [ARG...]",
+        "boot a guest and call its Main",
+        """\
+Boot GUEST in a micro-VM of its own and call its function Main, if it has one, with the
+arguments as strings. What the guest prints goes to standard output. If Main returns an
+integer, that is the exit status (255 where it is not in 0..255); any other result is printed.
+
+Options come before GUEST: what follows it belongs to the guest.
+
+examples:
+  hyperlight run hello World
+  hyperlight run --timeout 2.5 --heap-size 16M ./myguest --an-option-of-the-guest
+  hyperlight run --log-level debug ./myguest""",
+        (*_RUN_OPTIONS, _GUEST, _option("arguments", metavar="ARG", nargs="...", help="strings for Main")),
+        _run,
+    ),
+    _Command(
+        "call",
+        "[options] GUEST FUNCTION [ARG...]",
+        "boot a guest and call one of its functions",
+        """\
+Boot GUEST in a micro-VM of its own, call FUNCTION and print its result; Void prints nothing,
+bytes are written as they are, or in hex to a terminal. HostAdd(Int, Int) is there for guests to call.
+
+How an ARG is typed:
+  5 -5 0x5        Int, or Long or ULong where it does not fit
+  1.5 1e-3        Double
+  true false      Bool
+  hello           String; so is everything that is nothing else
+  @file  @@hello  the bytes of a file; the String @hello
+  5:Long          what stands before the colon, as Int UInt Long ULong Float Double String
+                  Bool or Bytes
+
+Options come before GUEST.
+
+examples:
+  hyperlight call simpleguest Echo hello
+  hyperlight call simpleguest Add 1 41
+  hyperlight call --input-size 4M simpleguest EchoBytes @picture.png > copy.png""",
+        (
+            *_RUN_OPTIONS,
+            _GUEST,
+            _option("function", metavar="FUNCTION", help="its name, exactly"),
+            _option("arguments", metavar="ARG", nargs="...", help="see above"),
+        ),
+        _call,
+    ),
+    _Command(
+        "inspect",
+        "[options] GUEST",
+        "draw a guest's memory",
+        """\
+Say what is known about GUEST's file and draw the memory that it would get with these
+options: addresses, sizes and rights. Nothing is run in it, and no KVM is needed.
+
+examples:
+  hyperlight inspect hello
+  hyperlight inspect --heap-size 1G --copy-on-write guest ./myguest""",
+        (*_LAYOUT_OPTIONS, _GUEST),
+        _inspect,
+    ),
+    _Command(
+        "doctor",
+        "",
+        "find out whether guests can run here",
+        """\
+Look at /dev/kvm, at what it can do, boot a guest, and say what to do about each lack.
+The exit status is 0 only if guests can run.
+
+example:
+  hyperlight doctor""",
+        (),
+        _doctor,
+    ),
+    _Command(
+        "build",
+        "FILE.c... -o GUEST",
+        "compile a guest",
+        """\
+Compile C files and link them with the guest SDK. gcc is all it takes; functions of the C
+library beyond the SDK's own come from musl (apt install musl-dev).
+
+examples:
+  hyperlight build hello.c -o hello
+  hyperlight build main.c parser.c -o myguest && hyperlight run ./myguest""",
+        (
+            _option("sources", metavar="FILE.c", nargs="+", help="the guest's source files"),
+            _option("-o", "--output", metavar="GUEST", required=True, help="the guest to make"),
+        ),
+        _build,
+    ),
+)
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            _complain(f"{message} ('{self.prog} --help' explains)")
+            sys.exit(_Status.USAGE)
+
+    meanings = "\n".join(f"  {status:<4} {meaning}" for status, meaning in _STATUS_MEANINGS.items())
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="hyperlight",
+        description="Run untrusted code in micro-VMs. Try: hyperlight run hello World",
+        epilog=f"'hyperlight COMMAND --help' shows options and examples.\n\nexit status:\n{meanings}",
+        formatter_class=layout,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hyperlight {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        subparser = commands.add_parser(
+            command.name,
+            usage=f"hyperlight {command.name} {command.synopsis}",
+            help=command.summary,
+            description=command.explanation,
+            formatter_class=layout,
+            allow_abbrev=False,
+        )
+        subparser.set_defaults(command=command.function)
+        for names, settings in (*command.options, _VERBOSE):
+            subparser.add_argument(*names, **settings)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

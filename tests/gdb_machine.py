@@ -171,7 +171,7 @@ class Plain:
     def after(self, written: int | None) -> Stop | None:
         return None
 
-    def execute(self) -> int | None | Stop:
+    def execute(self) -> int | Stop | None:
         """Execute one instruction; return the address of the eight bytes it wrote, if any, or a stop."""
         registers = self.registers
         rip = registers["rip"]

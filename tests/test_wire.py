@@ -9,10 +9,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import memory
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import memory
 from memory import (
     CloseSpan,
     Double,
