@@ -74,21 +74,25 @@ void *memchr(const void *area, int byte, size_t size) {
 
 /* ---- Strings ----------------------------------------------------------------------------------------------- */
 
-/* True if some byte of the word is zero. */
-static inline bool has_zero(uint64_t value) {
+static inline unsigned lowest_bit(uint64_t value) {
+    uint64_t index;
+    __asm__("bsf %1, %0" : "=r"(index) : "r"(value) : "cc");
+    return (unsigned)index;
+}
+
+/* The top bit of every byte that is zero, and perhaps of some above the first of them. */
+static inline uint64_t zero_bytes(uint64_t value) {
     return (value - 0x0101010101010101u) & ~value & 0x8080808080808080u;
 }
 
+/* Eight bytes at a time: an aligned word never crosses into another page. */
 size_t strlen(const char *text) {
-    const char *end = text;
-    while ((uintptr_t)end % 8 != 0)
-        if (*end++ == '\0')
-            return (size_t)(end - text - 1);
-    while (!has_zero(*(const word *)end))    /* an aligned word never crosses into another page */
-        end += 8;
-    while (*end != '\0')
-        end++;
-    return (size_t)(end - text);
+    const char *at = (const char *)((uintptr_t)text & -8ull);
+    uint64_t before = (1ull << (8 * ((uintptr_t)text & 7))) - 1;    /* the bytes before the text count as not zero */
+    uint64_t zeros = zero_bytes(*(const word *)at | before);
+    while (zeros == 0)
+        zeros = zero_bytes(*(const word *)(at += 8));
+    return (size_t)(at - text) + lowest_bit(zeros) / 8;
 }
 
 size_t strnlen(const char *text, size_t limit) {
@@ -190,12 +194,6 @@ static struct {
     uint64_t filled;           /* bit i: bins[i] is not empty */
     struct chunk *bins[64];
 } heap;
-
-static inline unsigned lowest_bit(uint64_t value) {
-    uint64_t index;
-    __asm__("bsf %1, %0" : "=r"(index) : "r"(value) : "cc");
-    return (unsigned)index;
-}
 
 /* Sizes are 32 and up: bins 2i and 2i+1 hold the lower and the upper half of one power of two. */
 static inline unsigned bin_of(size_t size) {

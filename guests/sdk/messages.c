@@ -11,6 +11,7 @@
 typedef uint16_t __attribute__((may_alias, aligned(1))) wire16;
 typedef uint32_t __attribute__((may_alias, aligned(1))) wire32;
 typedef uint64_t __attribute__((may_alias, aligned(1))) wire64;
+typedef unsigned __int128 __attribute__((may_alias, aligned(1))) wire128;
 
 /* ParameterValue and ReturnValue unions count from 1: 0 means "none". */
 #define UNION_OF(enumerator) ((uint8_t)((enumerator) + 1))
@@ -193,27 +194,38 @@ hl_HostResult hl_decode_result(const uint8_t *message, size_t size) {
  * byte to the end. They stay valid while the message grows downwards. */
 
 #define MAX_SLOTS 6
-#define MAX_VTABLES 8           /* distinct shapes in one message: at most seven (eleven parameter types share) */
+#define MAX_VTABLES 8           /* distinct shapes in one message: eleven parameter types share seven */
+
+/* A vtable as it is written, zeros behind it: its size, the table's size, the fields' offsets in the table. */
+union vtable {
+    uint16_t entry[2 + MAX_SLOTS];
+    unsigned __int128 all;
+};
 
 struct writer {
     uint8_t *head;              /* the lowest byte written */
     uint8_t *end;
     uint32_t alignment;         /* the largest so far: the whole message becomes a multiple of it */
     uint32_t table;             /* where the table being written begins */
-    uint32_t fields[MAX_SLOTS]; /* positions of its fields, 0 = absent */
-    uint32_t vtables[MAX_VTABLES];
+    uint32_t slots;             /* how many fields it may have */
+    uint32_t fields[MAX_SLOTS]; /* their positions, 0 = absent */
     uint32_t vtable_count;
+    struct {
+        uint32_t position;
+        union vtable vtable;
+    } vtables[MAX_VTABLES];
     hl_Vec *message;
 };
 
 /* What the objects beside payload strings and vectors may take, with room for padding. */
 #define FIXED_SIZE 128
 
-static struct writer begin_message(size_t payload_size) {
+static void begin_message(struct writer *writer, size_t payload_size) {
     size_t capacity = FIXED_SIZE + payload_size;
-    hl_Vec *message = malloc(sizeof *message + capacity);
-    uint8_t *end = (uint8_t *)(message + 1) + capacity;
-    return (struct writer){.head = end, .end = end, .alignment = 4, .message = message};
+    writer->message = malloc(sizeof *writer->message + capacity);
+    writer->head = writer->end = (uint8_t *)(writer->message + 1) + capacity;
+    writer->alignment = 4;
+    writer->vtable_count = 0;
 }
 
 static inline uint32_t position(const struct writer *writer) {
@@ -277,68 +289,71 @@ static uint32_t put_string(struct writer *writer, const char *text) {
     return put_joined(writer, "", text);
 }
 
-static void begin_table(struct writer *writer) {
+static inline void begin_table(struct writer *writer, uint32_t slots) {
     writer->table = position(writer);
-    memset(writer->fields, 0, sizeof writer->fields);
+    writer->slots = slots;
+    for (uint32_t i = 0; i < slots; i++)
+        writer->fields[i] = 0;
 }
 
-static void field_is_here(struct writer *writer, unsigned slot) {
+static inline void field_is_here(struct writer *writer, unsigned slot) {
     writer->fields[slot] = position(writer);
 }
 
-static void add8(struct writer *writer, unsigned slot, uint8_t value) {
+static inline void add8(struct writer *writer, unsigned slot, uint8_t value) {
     if (value != 0) {
         put8(writer, value);
         field_is_here(writer, slot);
     }
 }
 
-static void add32(struct writer *writer, unsigned slot, uint32_t value) {
+static inline void add32(struct writer *writer, unsigned slot, uint32_t value) {
     if (value != 0) {
         put32(writer, value);
         field_is_here(writer, slot);
     }
 }
 
-static void add64(struct writer *writer, unsigned slot, uint64_t value) {
+static inline void add64(struct writer *writer, unsigned slot, uint64_t value) {
     if (value != 0) {
         put64(writer, value);
         field_is_here(writer, slot);
     }
 }
 
-static void add_offset(struct writer *writer, unsigned slot, uint32_t target) {
+static inline void add_offset(struct writer *writer, unsigned slot, uint32_t target) {
     put_offset(writer, target);
     field_is_here(writer, slot);
 }
 
-/* An equal vtable written earlier, or this one, now written: tables of one shape share theirs. */
-static uint32_t share_vtable(struct writer *writer, const uint16_t *vtable) {
+/* The position of an equal vtable written earlier, or of this one, now written: tables of one shape share it. */
+static uint32_t share_vtable(struct writer *writer, const union vtable *vtable) {
     for (uint32_t i = 0; i < writer->vtable_count; i++)
-        if (memcmp(writer->end - writer->vtables[i], vtable, vtable[0]) == 0)
-            return writer->vtables[i];
-    put_raw(writer, vtable, vtable[0]);
-    return writer->vtables[writer->vtable_count++] = position(writer);
+        if (writer->vtables[i].vtable.all == vtable->all)
+            return writer->vtables[i].position;
+    unsigned size = vtable->entry[0];
+    *(wire128 *)(writer->head - 16) = vtable->all << 8 * (sizeof *vtable - size);    /* ends at the head */
+    writer->head -= size;
+    writer->vtables[writer->vtable_count].vtable = *vtable;
+    return writer->vtables[writer->vtable_count++].position = position(writer);
 }
 
 static uint32_t end_table(struct writer *writer) {
     put32(writer, 0);    /* the distance to the vtable, known below */
-    uint32_t table = position(writer);
-    uint16_t vtable[2 + MAX_SLOTS];
-    unsigned slots = MAX_SLOTS;
+    uint32_t table = position(writer), slots = writer->slots;
     while (slots > 0 && writer->fields[slots - 1] == 0)
         slots--;
-    vtable[0] = (uint16_t)(4 + 2 * slots);
-    vtable[1] = (uint16_t)(table - writer->table);
-    for (unsigned i = 0; i < slots; i++)
-        vtable[2 + i] = (uint16_t)(writer->fields[i] != 0 ? table - writer->fields[i] : 0);
-    *(wire32 *)(writer->end - table) = share_vtable(writer, vtable) - table;
+    union vtable vtable = {{(uint16_t)(4 + 2 * slots), (uint16_t)(table - writer->table)}};
+    for (uint32_t i = 0; i < slots; i++)
+        if (writer->fields[i] != 0)
+            vtable.entry[2 + i] = (uint16_t)(table - writer->fields[i]);
+    *(wire32 *)(writer->end - table) = share_vtable(writer, &vtable) - table;
     return table;
 }
 
 /* A table { type, value offset }, as unions are stored: the offset is slot 1 and is written first. */
 static uint32_t put_union(struct writer *writer, uint8_t type, uint32_t value) {
-    begin_table(writer);
+    begin_table(writer, 2);
     add_offset(writer, 1, value);
     add8(writer, 0, type);
     return end_table(writer);
@@ -358,7 +373,7 @@ static uint32_t put_value(struct writer *writer, hl_ReturnType type, const hl_Pa
     uint32_t payload = 0;
     if (type == hl_ReturnType_String)
         payload = put_string(writer, value->String);
-    begin_table(writer);
+    begin_table(writer, 1);
     if (type == hl_ReturnType_String)
         add_offset(writer, 0, payload);
     else if (type == hl_ReturnType_Bool)
@@ -372,14 +387,14 @@ static uint32_t put_value(struct writer *writer, hl_ReturnType type, const hl_Pa
 
 static uint32_t put_bytes_parameter(struct writer *writer, const hl_Vec *bytes) {
     uint32_t payload = put_vector(writer, bytes->data, bytes->len);
-    begin_table(writer);
+    begin_table(writer, 1);
     add_offset(writer, 0, payload);
     return end_table(writer);
 }
 
 static uint32_t put_bytes_result(struct writer *writer, const hl_Vec *bytes) {
     uint32_t payload = put_vector(writer, bytes->data, bytes->len);
-    begin_table(writer);
+    begin_table(writer, 2);
     add_offset(writer, 1, payload);
     add32(writer, 0, (uint32_t)bytes->len);
     return end_table(writer);
@@ -406,7 +421,8 @@ static size_t parameters_size(const hl_FunctionCall *call) {
 }
 
 hl_Vec *hl_encode_call(const hl_FunctionCall *call, uint8_t call_type) {
-    struct writer writer = begin_message(strlen(call->function_name) + parameters_size(call));
+    struct writer writer;
+    begin_message(&writer, strlen(call->function_name) + parameters_size(call));
     uint32_t positions[call->parameters_len + 1], vector = 0;
     uint32_t name = put_string(&writer, call->function_name);
     for (uintptr_t i = 0; i < call->parameters_len; i++)
@@ -417,7 +433,7 @@ hl_Vec *hl_encode_call(const hl_FunctionCall *call, uint8_t call_type) {
         put32(&writer, (uint32_t)call->parameters_len);
         vector = position(&writer);
     }
-    begin_table(&writer);
+    begin_table(&writer, 4);
     if (vector != 0)
         add_offset(&writer, 1, vector);
     add_offset(&writer, 0, name);
@@ -430,7 +446,8 @@ hl_Vec *hl_encode_result(hl_ReturnType type, const hl_ParameterValue *value) {
     size_t payload = type == hl_ReturnType_String     ? strlen(value->String)
                      : type == hl_ReturnType_VecBytes ? value->VecBytes.len
                                                       : 0;
-    struct writer writer = begin_message(payload);
+    struct writer writer;
+    begin_message(&writer, payload);
     uint32_t table = type == hl_ReturnType_VecBytes ? put_bytes_result(&writer, &value->VecBytes)
                                                     : put_value(&writer, type, value);
     uint32_t box = put_union(&writer, UNION_OF(type), table);
@@ -438,20 +455,22 @@ hl_Vec *hl_encode_result(hl_ReturnType type, const hl_ParameterValue *value) {
 }
 
 hl_Vec *hl_encode_error(uint64_t code, const char *message) {
-    struct writer writer = begin_message(strlen(message));
+    struct writer writer;
+    begin_message(&writer, strlen(message));
     uint32_t text = put_string(&writer, message);
-    begin_table(&writer);
+    begin_table(&writer, 2);
     add64(&writer, 0, code);
     add_offset(&writer, 1, text);
     return end_message(&writer, put_union(&writer, RESULT_ERROR, end_table(&writer)));
 }
 
 hl_Vec *hl_encode_log(uint8_t level, const char *prefix, const char *message, const char *file, uint32_t line) {
-    struct writer writer = begin_message(strlen(prefix) + strlen(message) + strlen(file));
+    struct writer writer;
+    begin_message(&writer, strlen(prefix) + strlen(message) + strlen(file));
     uint32_t text = put_joined(&writer, prefix, message);
     uint32_t source = put_string(&writer, "Unknown"), caller = put_string(&writer, "");
     uint32_t source_file = put_string(&writer, file);
-    begin_table(&writer);
+    begin_table(&writer, 6);
     add32(&writer, 5, line);
     add_offset(&writer, 4, source_file);
     add_offset(&writer, 3, caller);

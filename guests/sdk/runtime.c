@@ -166,21 +166,20 @@ struct guest_function {
     struct guest_function *next;
     hl_Vec *(*function)(const hl_FunctionCall *);
     uintptr_t parameter_count;
+    size_t name_length;
     const char *name;
     hl_ParameterType parameter_types[];
 };
 
 static struct guest_function *functions[BUCKET_COUNT];
 
-static struct guest_function **bucket_of(const char *name, size_t length) {
-    unsigned first = (uint8_t)name[0], middle = (uint8_t)name[length / 2];
-    unsigned last = length != 0 ? (uint8_t)name[length - 1] : 0;
-    return &functions[(length * 7 + first * 5 + middle * 3 + last) % BUCKET_COUNT];
-}
-
-static struct guest_function **find_function(const char *name) {
-    struct guest_function **link = bucket_of(name, strlen(name));
-    while (*link != NULL && strcmp((*link)->name, name) != 0)
+/* Where the entry of that name hangs, or where a new one would. */
+static struct guest_function **find_function(const char *name, size_t length) {
+    unsigned hash = (unsigned)length * 7;
+    if (length != 0)
+        hash += (uint8_t)name[0] * 5u + (uint8_t)name[length / 2] * 3u + (uint8_t)name[length - 1];
+    struct guest_function **link = &functions[hash % BUCKET_COUNT];
+    while (*link != NULL && ((*link)->name_length != length || memcmp((*link)->name, name, length) != 0))
         link = &(*link)->next;
     return link;
 }
@@ -189,13 +188,13 @@ void hl_register_function_definition(const char *name, hl_Vec *(*function)(const
                                      uintptr_t param_no, const hl_ParameterType *param_types,
                                      hl_ReturnType return_type) {
     (void)return_type;    /* the host checks what it gets (abi.md 7.2) */
-    size_t types_size = param_no * sizeof *param_types, name_size = strlen(name) + 1;
-    struct guest_function *entry = malloc(sizeof *entry + types_size + name_size);
-    struct guest_function **link = find_function(name), *replaced = *link;
+    size_t types_size = param_no * sizeof *param_types, length = strlen(name);
+    struct guest_function *entry = malloc(sizeof *entry + types_size + length + 1);
+    struct guest_function **link = find_function(name, length), *replaced = *link;
     char *own_name = (char *)entry->parameter_types + types_size;
-    *entry = (struct guest_function){replaced != NULL ? replaced->next : NULL, function, param_no, own_name};
+    *entry = (struct guest_function){replaced != NULL ? replaced->next : NULL, function, param_no, length, own_name};
     memcpy(entry->parameter_types, param_types, types_size);
-    memcpy(own_name, name, name_size);
+    memcpy(own_name, name, length + 1);
     *link = entry;
     free(replaced);
 }
@@ -233,7 +232,7 @@ static hl_Vec *call_guest_function(const hl_FunctionCall *call, uint8_t call_typ
         return error_result(hl_ErrorCode_GuestError,
                             "Function %s has too many parameters: %lu (max allowed is %u).", call->function_name,
                             call->parameters_len, HL_MAX_PARAMETERS);
-    const struct guest_function *entry = *find_function(call->function_name);
+    const struct guest_function *entry = *find_function(call->function_name, strlen(call->function_name));
     hl_Vec *result;
     if (entry == NULL)
         result = c_guest_dispatch_function(call);
