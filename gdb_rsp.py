@@ -1431,7 +1431,7 @@ class Session:
         """Word an error. Text is only sent where gdb shows it: gdb 13 takes that of P, and stumbles over that of m."""
         _log.info("%r: %s", payload[:_TRACE_WIDTH], error)
         if payload.startswith(b"P") or b"error-message+" in self._offered:
-            return b"E." + str(error).encode()
+            return b"E." + str(error).encode("utf-8", "replace")
         return b"E%02x" % (error.code & 0xFF)
 
     def _note(self, direction: str, payload: bytes) -> None:

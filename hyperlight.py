@@ -40,7 +40,6 @@ import io
 import itertools
 import logging
 import os
-import platform
 import re
 import signal
 import struct
@@ -1533,7 +1532,7 @@ class _Guest:
 
     def _explain_exception(self, failure: GuestAborted) -> None:
         """Read a CPU exception's text, and the registers that the guest saved (abi.md 11.4)."""
-        if failure.code != ErrorCode.GuestError or (match := _EXCEPTION_TEXT.search(failure.message)) is None:
+        if failure.code != ErrorCode.GuestError or (match := re.search(_EXCEPTION_TEXT, failure.message)) is None:
             return
         failure.vector = int(match["vector"])
         failure.instruction = int(match["rip"], 16)
@@ -1707,14 +1706,13 @@ _MAX_ABORT_SIZE = 1024
 _MAX_ERROR_TEXT = 1024
 """Characters of a host exception's text that a guest gets to see: its input buffer is small."""
 
-_EXCEPTION_TEXT = re.compile(
-    r"Exception vector: (?P<vector>\d{1,3})\n"
+_EXCEPTION_TEXT = (
+    r"(?i)Exception vector: (?P<vector>\d{1,3})\n"
     r"Faulting Instruction: 0x(?P<rip>[0-9a-f]{1,16})\n"
     r"Bytes At Faulting Instruction: [^\n]*\n"
     r"Page Fault Address: 0x(?P<cr2>[0-9a-f]{1,16})\n"
     r"Error code: 0x(?P<error_code>[0-9a-f]{1,16})\n"
-    r"Stack Pointer: 0x(?P<frame>[0-9a-f]{1,16})",
-    re.IGNORECASE,
+    r"Stack Pointer: 0x(?P<frame>[0-9a-f]{1,16})"
 )
 """What a guest's exception handler says (abi.md 11.4)."""
 _FRAME_NAMES = (
@@ -2036,8 +2034,8 @@ def _open_kvm() -> kvm_abi.Kvm:
 
 
 def _why_no_kvm(error: OSError) -> str:
-    if platform.machine() != "x86_64":
-        return f"No Hypervisor was found for Sandbox: it runs on x86-64, this machine is {platform.machine()}"
+    if os.uname().machine != "x86_64":
+        return f"No Hypervisor was found for Sandbox: it runs on x86-64, this machine is {os.uname().machine}"
     if error.errno in (errno.EACCES, errno.EPERM):
         return (
             f"No Hypervisor was found for Sandbox: {KVM_PATH} may not be opened by you; "
@@ -2411,13 +2409,13 @@ def _configuration(arguments: argparse.Namespace) -> SandboxConfiguration:
 
 # -- arguments as they are typed ----------------------------------------------------------
 
-_INTEGER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]{1,32}|[0-9]{1,40})")
-_REAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
+_INTEGER = r"[+-]?(0[xX][0-9a-fA-F]{1,32}|[0-9]{1,40})"
+_REAL = r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?"
 _BOOLEANS = {"true": True, "false": False}
 
 
 def _integer(text: str) -> int:
-    if not _INTEGER.fullmatch(text):
+    if not re.fullmatch(_INTEGER, text):
         raise memory.ValueRangeError("it is not a whole number such as 5, -5 or 0x5")
     return int(text, 16 if "x" in text.lower() else 10)
 
@@ -2465,9 +2463,9 @@ def _argument_value(text: str) -> Any:
 
 
 def _untyped(text: str) -> Any:
-    if _INTEGER.fullmatch(text):
+    if re.fullmatch(_INTEGER, text):
         return _integer(text)
-    if _REAL.fullmatch(text):
+    if re.fullmatch(_REAL, text):
         return float(text)
     return _BOOLEANS.get(text, text)
 
@@ -2480,14 +2478,14 @@ def _bytes_of_file(path: str) -> bytes:
         raise _CommandError(_Status.BAD_INPUT, f"{path} cannot be read: {error.strerror}") from error
 
 
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})(?:([KMG])(?:iB)?)?", re.IGNORECASE)
+_SIZE = r"(?i)(0x[0-9a-f]{1,16}|[0-9]{1,20})(?:([KMG])(?:iB)?)?"
 _SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def _size(text: str) -> int:
     import argparse
 
-    if (match := _SIZE.fullmatch(text)) is None:
+    if (match := re.fullmatch(_SIZE, text)) is None:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 64K, 16M, 1G, 20000 or 0x4000")
     number, unit = match.groups()
     return _integer(number) * _SIZE_UNITS[unit and unit.upper()]
@@ -2657,6 +2655,8 @@ _GUEST_MADE_REGIONS = [
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Find out whether guests can run here, and say for each thing that is missing what to do."""
+    import platform
+
     _put(f"hyperlight {__version__}, Python {platform.python_version()}, {platform.platform()}\n\n")
     status = _Status.OK
     try:

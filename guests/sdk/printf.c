@@ -477,6 +477,12 @@ int vprintf(const char *format, va_list arguments) {
     return count;
 }
 
+static int format_to_function(void (*out)(char character, void *argument), void *argument, const char *format,
+                              va_list arguments) {
+    struct sink sink = {.emit = emit_to_function, .out = out, .argument = argument};
+    return format_to(&sink, format, arguments);
+}
+
 int puts(const char *text) {
     while (*text != '\0')
         _putchar(*text++);
@@ -542,8 +548,7 @@ int sprintf(char *buffer, const char *format, ...) {
 int fctprintf(void (*out)(char character, void *argument), void *argument, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    struct sink sink = {.emit = emit_to_function, .out = out, .argument = argument};
-    int count = format_to(&sink, format, arguments);
+    int count = format_to_function(out, argument, format, arguments);
     va_end(arguments);
     return count;
 }
