@@ -39,6 +39,7 @@ import inspect
 import io
 import itertools
 import logging
+import operator
 import os
 import re
 import signal
@@ -76,6 +77,8 @@ from memory import (
 
 if typing.TYPE_CHECKING:
     import argparse  # imported by `main` when the command line needs it
+
+    import gdb_rsp  # imported when a debugger is wanted
 
 __version__ = "0.14.0"
 
@@ -335,6 +338,7 @@ class SandboxConfiguration:
     ``guest_log_level``: the most detailed level that the guest sends, "off", "error", "warn", "info",
     "debug", "trace" or 0 to 5; None asks ``RUST_LOG``.
     ``interrupt_vcpu_sigrtmin_offset``: the signal SIGRTMIN + offset wakes the vCPU's thread.
+    ``guest_debug_info``: where a debugger can connect; None: nowhere.
 
     Raises ``LayoutError`` for a size that is not a whole number and ``HyperlightError`` for an
     option out of range. Whether the sizes fit together is checked when a sandbox is made.
@@ -348,6 +352,7 @@ class SandboxConfiguration:
     executable_heap: bool = False
     guest_log_level: int | str | None = None
     interrupt_vcpu_sigrtmin_offset: int = 0
+    guest_debug_info: DebugInfo | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_data_size", "output_data_size", "heap_size", "scratch_size"):
@@ -784,11 +789,13 @@ class MultiUseSandbox:
             )
             self._guest = _Guest(snapshot, self._functions, interrupt)
             try:
-                for file in _files:
-                    self._guest.map_file(file)
-                if not snapshot.is_initialized:
-                    self._guest.initialise(_effective_log_level(self._config))
+                self._acquire()
+                try:
+                    self._start(_files)
+                finally:
+                    self._leave()
             except BaseException:
+                self._disconnect()
                 self._guest.close()
                 raise
 
@@ -807,6 +814,21 @@ class MultiUseSandbox:
         sandbox offered; otherwise as ``evolve()``.
         """
         return cls(snapshot, host_functions, config)
+
+    def _start(self, files: Sequence[_FileMapping]) -> None:
+        """Bring the guest to where it takes calls."""
+        if self._config.guest_debug_info is not None:
+            self._guest.vm.use_ioctls_for_registers()
+            self._guest.debugger = _Debugger(self, self._guest, self._config.guest_debug_info)
+        for file in files:
+            self._guest.map_file(file)
+        if not self._guest.snapshot.is_initialized:
+            self._guest.initialise(_effective_log_level(self._config))
+
+    def _disconnect(self) -> None:
+        """Let go of the debugger; not with the lock held, which its thread may want."""
+        if self._guest.debugger is not None:
+            self._guest.debugger.close()
 
     # -- calls -------------------------------------------------------------------------
 
@@ -851,7 +873,7 @@ class MultiUseSandbox:
         self._enter()
         try:
             self._snapshot = None
-            result = self._guest.dispatch(message)
+            result = self._guest.dispatch(name, message)
             return _result_of(result, returns, self._guest.host_failure)
         except GuestFailure as failure:
             self._status = SandboxStatus.POISONED
@@ -966,6 +988,8 @@ class MultiUseSandbox:
 
     def close(self) -> None:
         """Release the VM and its memory; a call in another thread is waited for. Idempotent."""
+        if not self._closed and self._user != threading.get_ident():
+            self._disconnect()
         self._acquire()
         try:
             if not self._closed:
@@ -997,6 +1021,18 @@ class MultiUseSandbox:
         self._user = threading.get_ident()
 
     def _leave(self) -> None:
+        self._give_back()
+        if self._guest.debugger is not None:
+            self._guest.debugger.server.released()
+
+    def _try_acquire(self) -> bool:
+        """Take the sandbox for the debugger's thread, if nobody uses it."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        self._user = threading.get_ident()
+        return True
+
+    def _give_back(self) -> None:
         self._user = None
         self._lock.release()
 
@@ -1156,6 +1192,18 @@ class InterruptHandle:
 
     def _detach(self) -> None:
         self._dropped, self._page = True, None
+
+    def _nudge(self) -> None:
+        """Make the vCPU's thread leave the guest, or not enter it, without ending the call."""
+        with self._lock:
+            if self._thread is not None:
+                self._kick()
+
+    def _acknowledge(self) -> None:
+        """Let the guest be entered again after `_nudge`, unless the call is to end."""
+        with self._lock:
+            if self._page is not None and not self._canceled:
+                self._page[_IMMEDIATE_EXIT] = 0
 
     def _kick(self) -> None:
         assert self._page is not None and self._thread is not None
@@ -1362,6 +1410,11 @@ class _Guest:
         self.snapshot = snapshot
         self.functions = functions
         self.interrupt = interrupt
+        self.debugger: _Debugger | None = None
+        self.activity = "idle"
+        """What the guest is doing, in words."""
+        self._first = snapshot
+        self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
         self._entry_registers = self._next_entry_registers = b""
         self.host_failure: BaseException | None = None
@@ -1378,13 +1431,13 @@ class _Guest:
             self._ram = _Ram(snapshot)
             undo.callback(lambda: self._ram.close())
             self.physical = self._ram.physical_view()
-            self._vm = _VirtualMachine(self._ram.slots(), snapshot.layout.pt_base_gpa)
-            undo.callback(self._vm.close)
+            self.vm = _VirtualMachine(self._ram.slots(), snapshot.layout.pt_base_gpa)
+            undo.callback(self.vm.close)
             if snapshot.is_initialized:
                 self._reset(snapshot)
             undo.callback(self._close_files)
             self._undo = undo.pop_all()
-        interrupt._attach(self._vm.page)
+        interrupt._attach(self.vm.page)
 
     def close(self) -> None:
         """Release the VM, its memories and the regions mapped into it."""
@@ -1398,6 +1451,26 @@ class _Guest:
 
         Raises ``InitializeError`` with the cause chained.
         """
+        self._begin_again = functools.partial(self._begin_initialise, log_level)
+        self._begin_again()
+        self.activity = "in the guest's initialisation"
+        try:
+            self._run()
+        except GuestFailure as failure:
+            detail = failure.detail if isinstance(failure, HyperlightVmError) else str(failure)
+            raise InitializeError(detail) from failure
+        finally:
+            self._rest()
+        halted = self.vm.registers()
+        if halted["rsp"] % 16:
+            raise InitializeError(
+                f"Guest initialised stack pointer to architecturally invalid value: {halted['rsp']}"
+            )
+        self._set_entry(halted["rax"], halted["rsp"])
+        if self.debugger is not None:
+            self._first = self.capture()
+
+    def _begin_initialise(self, log_level: int) -> None:
         snapshot = self.snapshot
         seed = int.from_bytes(os.urandom(8), "little")
         entry = _VirtualMachine.pack(
@@ -1408,29 +1481,18 @@ class _Guest:
             rdx=PAGE_SIZE,
             rcx=log_level,
         )
-        self._vm.load(entry)
-        try:
-            self._run()
-        except GuestFailure as failure:
-            detail = failure.detail if isinstance(failure, HyperlightVmError) else str(failure)
-            raise InitializeError(detail) from failure
-        halted = self._vm.registers()
-        if halted["rsp"] % 16:
-            raise InitializeError(
-                f"Guest initialised stack pointer to architecturally invalid value: {halted['rsp']}"
-            )
-        self._set_entry(halted["rax"], halted["rsp"])
+        self.vm.load(entry)
 
-    def dispatch(self, message: bytes) -> bytes:
-        """Send an encoded call into the guest, run it, and return the encoded result (abi.md 7.2).
+    def dispatch(self, name: str, message: bytes) -> bytes:
+        """Send the encoded call of *name* into the guest, run it, and return the encoded result (abi.md 7.2).
 
         Raises a ``GuestFailure`` where the run ends badly, and ``IoStackError`` where the message or
         the result is the trouble, not the guest.
         """
-        self._ram.input.push(message)
-        self._vm.load(self._entry_registers)
-        if self._resets_fpu_for_guest:
-            self._vm.reset_fpu()
+        self._begin_call(message)
+        self.activity = name
+        if self.debugger is not None:
+            self._begin_again = functools.partial(self._begin_call, message)
         try:
             self._run()
             return self._ram.output.pop()
@@ -1440,6 +1502,27 @@ class _Guest:
         finally:
             self._abort_bytes.clear()
             self._entry_registers = self._next_entry_registers
+            self._rest()
+
+    def _begin_call(self, message: bytes) -> None:
+        self._ram.input.push(message)
+        self.vm.load(self._entry_registers)
+        if self._resets_fpu_for_guest:
+            self.vm.reset_fpu()
+
+    def _rest(self) -> None:
+        self.activity = "idle"
+        self._begin_again = None
+
+    def start_again(self) -> None:
+        """Go back to the first state that the debugger saw, and to the beginning of the call in progress."""
+        if self._first.is_initialized:
+            self.restore(self._first)
+        else:
+            self._ram.reset()
+            self.vm.load_sregs(_initial_sregs(self.snapshot.layout.pt_base_gpa))
+        if self._begin_again is not None:
+            self._begin_again()
 
     def _set_entry(self, rip: int, rsp: int, *, flush: bool = False) -> None:
         """Prepare the registers of the calls to come; the first may have to flush the TLB (abi.md 6.4)."""
@@ -1465,6 +1548,8 @@ class _Guest:
         self.host_failure = None
         self.interrupt._begin()
         try:
+            if self.debugger is not None:
+                self.debugger.entered()
             self._serve_until_halt()
         except GuestFailure as failure:
             self._explain(failure)
@@ -1474,10 +1559,12 @@ class _Guest:
             self._explain(refusal)
             raise refusal from error
         finally:
+            if self.debugger is not None:
+                self.debugger.left()
             self.interrupt._end()
 
     def _serve_until_halt(self) -> None:
-        vm, ports = self._vm, self._ports
+        vm, ports, debugger = self.vm, self._ports, self.debugger
         run, page, exit_reason = vm.vcpu.run, vm.page, vm.exit_reason
         while True:
             if interrupted := run():
@@ -1493,21 +1580,25 @@ class _Guest:
                         raise InvalidPort(port)
                     data = page[data_offset : data_offset + min(size * count, 4)]
                     ports[port](int.from_bytes(data, "little"))
+                    if debugger is not None:
+                        debugger.served_port()
                     continue
             elif reason == KvmExit.HLT:
                 return
-            raise self._failure_of_exit()
+            if debugger is None or not debugger.exited():
+                raise self._failure_of_exit()
 
     def _on_interruption(self, number: int) -> None:
         """Deal with a KVM_RUN that a signal ended: cancelled, or to be tried again."""
         if number == errno.EINTR:
             if self.interrupt._canceled:
                 raise ExecutionCanceledByHost
-            metrics.erroneous_vcpu_kicks.increment()
+            if self.debugger is None or not self.debugger.interrupted():
+                metrics.erroneous_vcpu_kicks.increment()
 
     def _failure_of_exit(self) -> GuestFailure:
         """Turn an exit that ends the run into its error (abi.md 7.4)."""
-        kvm_run = self._vm.vcpu.kvm_run
+        kvm_run = self.vm.vcpu.kvm_run
         reason = kvm_run.exit_reason
         if reason == KvmExit.MMIO:
             gpa, tried = kvm_run.mmio.phys_addr, MemoryRegionFlags.READ
@@ -1518,17 +1609,19 @@ class _Guest:
                     return MemoryAccessViolation(gpa, tried, flags)
             return MmioWriteUnmapped(gpa) if tried is MemoryRegionFlags.WRITE else MmioReadUnmapped(gpa)
         if reason == KvmExit.INTERNAL_ERROR and kvm_run.internal.suberror == kvm_abi.InternalError.EMULATION:
-            return EmulationFailure(kvm_abi.failed_instruction(kvm_run), self._vm.registers()["rip"])
+            return EmulationFailure(kvm_abi.failed_instruction(kvm_run), self.vm.registers()["rip"])
         return UnexpectedVmExit(kvm_abi.describe_exit(kvm_run))
 
     def _explain(self, failure: GuestFailure) -> None:
         """Attach what is known about the moment of *failure*."""
         with contextlib.suppress(kvm_abi.KvmError):
-            failure.registers = self._vm.registers()
+            failure.registers = self.vm.registers()
         if isinstance(failure, GuestAborted):
             self._explain_exception(failure)
             if self.host_failure is not None:
                 failure.__cause__ = self.host_failure
+        if self.debugger is not None and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
+            self.debugger.crashed(failure)
 
     def _explain_exception(self, failure: GuestAborted) -> None:
         """Read a CPU exception's text, and the registers that the guest saved (abi.md 11.4)."""
@@ -1539,7 +1632,7 @@ class _Guest:
         failure.address = int(match["cr2"], 16) if failure.vector == kvm_abi.Vector.PF else None
         failure.error_code = int(match["error_code"], 16)
         with contextlib.suppress(HyperlightError, kvm_abi.KvmError):
-            cr3 = self._vm.vcpu.get_sregs().cr3
+            cr3 = self.vm.vcpu.get_sregs().cr3
             frame = int(match["frame"], 16) + _FRAME_REGISTERS_OFFSET
             values = _FRAME.unpack(self.physical.read_virt(cr3, frame, _FRAME.size))
             failure.registers = dict(zip(_FRAME_NAMES, values, strict=True))
@@ -1597,7 +1690,7 @@ class _Guest:
     def map_region(self, gpa: int, mapping: SharedMemory, flags: MemoryRegionFlags) -> None:
         """Show *mapping* to the guest at *gpa*. Raises ``MapRegionError``."""
         self.check_region(gpa, mapping.size)
-        self._vm.map(gpa, mapping, writable=False)
+        self.vm.map(gpa, mapping, writable=False)
         self.physical.add(gpa, mapping, flags, holds_tables=False)
         self._regions[gpa] = (mapping, flags)
 
@@ -1622,7 +1715,7 @@ class _Guest:
         self.map_region(file.gpa, self._files[file.gpa], file.FLAGS)
 
     def _unmap_region(self, gpa: int) -> None:
-        self._vm.unmap(gpa)
+        self.vm.unmap(gpa)
         self.physical.remove(gpa)
         del self._regions[gpa]
         if gpa in self._files:
@@ -1637,7 +1730,7 @@ class _Guest:
     def capture(self) -> Snapshot:
         """Copy the guest's live pages into a compact image with page tables of its own (abi.md 5.7)."""
         old = self.snapshot
-        sregs = self._vm.vcpu.get_sregs()
+        sregs = self.vm.vcpu.get_sregs()
         leaves = [leaf for leaf in self.physical.walk(sregs.cr3) if _is_captured(leaf, old.layout)]
         moved, spans = _compact(leaves, self.physical)
         memory_size = sum(size for _, size in spans)
@@ -1676,7 +1769,7 @@ class _Guest:
         assert snapshot.sregs is not None
         sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
         sregs.cr3 = snapshot.layout.pt_base_gpa
-        self._vm.reset_vcpu(sregs)
+        self.vm.reset_vcpu(sregs)
         self._set_entry(snapshot.entry, snapshot.stack_top, flush=True)
 
     def _replace_ram(self, snapshot: Snapshot) -> None:
@@ -1684,9 +1777,9 @@ class _Guest:
         ram = _Ram(snapshot)  # all that can fail for lack of memory comes before the point of no return
         try:
             for gpa, _, _ in self._ram.slots():
-                self._vm.unmap(gpa)
+                self.vm.unmap(gpa)
             for slot in ram.slots():
-                self._vm.map(*slot)
+                self.vm.map(*slot)
         except kvm_abi.KvmError as error:
             ram.close()
             raise _MemoryLost from error
@@ -1949,6 +2042,10 @@ class _VirtualMachine:
         else:
             self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(registers))
 
+    def use_ioctls_for_registers(self) -> None:
+        """Set registers at once, not at the next entry: a debugger looks at them in between."""
+        self._syncs_registers = False
+
     def registers(self) -> dict[str, int]:
         """Return the general registers by name."""
         regs = self.vcpu.get_regs()
@@ -2088,6 +2185,647 @@ def cpl0_is_emulated() -> bool:
         undo.callback(vm.close)
         vm.load(vm.pack(rip=BASE_ADDRESS, rsp=0))
         return vm.vcpu.run() == 0 and vm.exit_reason[0] == KvmExit.INTERNAL_ERROR
+
+
+# ======================================================================================
+# Debugging: the guest as gdb_rsp.py sees it
+# ======================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugInfo:
+    """How a debugger reaches a sandbox: ``SandboxConfiguration(guest_debug_info=DebugInfo())``.
+
+    ``listen`` is ``HOST:PORT`` (port 0 takes a free one), ``unix:PATH`` or ``stdio``; there is no
+    authentication, so loopback is the default. ``announce`` is called with the actual address. With ``wait``
+    the guest does not begin its initialisation before a debugger is there, for ``wait_timeout_s`` seconds
+    at most (None: for ever). Spec: rsp.md.
+    """
+
+    listen: str = "127.0.0.1:0"
+    wait: bool = True
+    wait_timeout_s: float | None = None
+    announce: Callable[[str], None] | None = None
+
+
+class DebugServerError(HyperlightError, OSError):
+    """The debugger's address cannot be listened on."""
+
+
+class EndedByDebugger(GuestFailure):
+    """The debugger killed the guest."""
+
+    def __init__(self) -> None:
+        super().__init__("The debugger ended the guest call.")
+
+
+class _Debugger:
+    """Run control: tells the debug server what the guest's thread does, and does what it answers.
+
+    All KVM ioctls stay on the thread that holds the sandbox; the server's own thread can only
+    interrupt it, or take the sandbox's lock while no call is in progress (design.md 5).
+    """
+
+    def __init__(self, sandbox: MultiUseSandbox, guest: _Guest, info: DebugInfo) -> None:
+        import gdb_rsp
+
+        self._rsp = gdb_rsp
+        self._guest = guest
+        self.target = _DebugTarget(sandbox, guest)
+        try:
+            self.server = gdb_rsp.DebugServer(self.target, info.listen)
+        except gdb_rsp.RspError as error:
+            code = error.errno if isinstance(error, OSError) else errno.EINVAL
+            raise DebugServerError(code, f"no debugger can reach {info.listen}: {error}") from error
+        if info.announce is not None:
+            info.announce(self.server.address)
+        if info.wait and not self.server.wait_for_client(info.wait_timeout_s):
+            _logger.warning("no debugger came to %s: the guest runs without", self.server.address)
+
+    # -- what the run loop calls --
+
+    def entered(self) -> None:
+        """A run begins: memory and registers are ready."""
+        self._go(self.server.entered())
+
+    def left(self) -> None:
+        """The run is over, one way or another."""
+        self.server.left()
+        self.target.leave()
+
+    def interrupted(self) -> bool:
+        """KVM_RUN was interrupted: let the debugger speak if it wants to; return whether it did."""
+        if not self.server.attention:
+            return False
+        self.target.lift_traps()
+        self._go(self.server.attend())
+        return True
+
+    def exited(self) -> bool:
+        """KVM left the guest: report it if it is a stop; return whether it was one."""
+        stop = self.target.stop_of_exit()
+        if stop is None:
+            return False
+        self._go(self.server.stopped(stop))
+        return True
+
+    def served_port(self) -> None:
+        """An OUT was served; where a step over it would not be noticed, it is reported here."""
+        if self.target.steps_by_trap_flag:
+            self._go(self.server.stopped(self.target.stepped()))
+
+    def crashed(self, failure: GuestFailure) -> None:
+        """Show the guest as it was when it failed, until the debugger lets it go."""
+        stop = self._rsp.Stop(_signal_of(failure))
+        self.target.show_crash(failure)
+        while self.server.stopped(stop) is self._rsp.Resume.STEP:
+            pass  # there is no next instruction: the same stop again
+
+    def close(self) -> None:
+        """Tell the debugger that the guest is gone, and stop serving."""
+        self.server.close()
+
+    def _go(self, action: gdb_rsp.Resume) -> None:
+        """Arrange for the guest to go on as the debugger wants."""
+        self._guest.interrupt._acknowledge()
+        if action is self._rsp.Resume.KILL:
+            raise EndedByDebugger
+        self.target.prepare(step=action is self._rsp.Resume.STEP)
+
+
+def _signal_of(failure: GuestFailure) -> int:
+    """Choose the signal that gdb shows for *failure*."""
+    if isinstance(failure, GuestAborted):
+        return _SIGABRT if failure.vector is None else _SIGNAL_OF_VECTOR.get(failure.vector, _SIGSEGV)
+    return _SIGILL if isinstance(failure, EmulationFailure) else _SIGSEGV
+
+
+_SIGILL, _SIGTRAP, _SIGABRT, _SIGBUS, _SIGFPE, _SIGSEGV = 4, 5, 6, 10, 8, 11  # in gdb's numbering
+_SIGNAL_OF_VECTOR: dict[int, int] = {
+    **dict.fromkeys((kvm_abi.Vector.DE, kvm_abi.Vector.MF, kvm_abi.Vector.XM), _SIGFPE),
+    **dict.fromkeys((kvm_abi.Vector.DB, kvm_abi.Vector.BP), _SIGTRAP),
+    kvm_abi.Vector.UD: _SIGILL,
+    kvm_abi.Vector.AC: _SIGBUS,
+}
+
+
+class _DebugTarget:
+    """The machine under the debugger: its registers, memory and breakpoints (``gdb_rsp.Target``).
+
+    Debug events reach the host in one of two ways. Where KVM reports them, KVM_SET_GUEST_DEBUG does the
+    work. Where it emulates CPL 0 (spec/kvm-hosts.md 2.7), an int3 or a trap at CPL 3 goes to the guest's own
+    IDT; so while the guest runs, the first byte of those two handlers is an int3 as well, which KVM
+    refuses to emulate: that is the stop, and the frame on the stack is the interrupted code.
+    """
+
+    def __init__(self, sandbox: MultiUseSandbox, guest: _Guest) -> None:
+        import gdb_rsp
+
+        self._rsp = gdb_rsp
+        self._sandbox = sandbox
+        self._guest = guest
+        self._vcpu = guest.vm.vcpu
+        self._reports_events = not cpl0_is_emulated()
+        self._control = kvm_abi.GuestDebug(0)
+        self._hardware: list[gdb_rsp.HardwareBreakpoint] = []
+        self._armed: tuple[Any, ...] = ()
+        self._patches: dict[int, tuple[SharedMemory, int, int]] = {}
+        self._traps: dict[int, int] = {}
+        self._stepping = False
+        self._crash: GuestFailure | None = None
+
+    # -- the lock (gdb_rsp.Idle) --
+
+    def try_acquire(self) -> bool:
+        """Take the sandbox if no thread uses it."""
+        return self._sandbox._try_acquire()
+
+    def release(self) -> None:
+        """Give the sandbox back."""
+        self._sandbox._give_back()
+
+    def interrupt(self) -> None:
+        """Make the guest's thread look at what the debugger wants."""
+        self._guest.interrupt._nudge()
+
+    # -- run control, for _Debugger --
+
+    def prepare(self, *, step: bool) -> None:
+        """Arm debug registers, single step and traps for the next entry."""
+        self._stepping = step
+        if self._reports_events:
+            self._set_guest_debug(step)
+            return
+        at_cpl3 = self._vcpu.get_sregs().cs.dpl == 3
+        self._set_guest_debug(step and not at_cpl3)
+        if at_cpl3:
+            self._change_rflags(set_bits=Rflags.TF if step else 0, clear_bits=0 if step else Rflags.TF)
+        self._set_traps()
+
+    def leave(self) -> None:
+        """Take the traps out: the run is over, and snapshots must not see them."""
+        self.lift_traps()
+        self._crash = None
+        self._stepping = False
+
+    @property
+    def steps_by_trap_flag(self) -> bool:
+        """Whether a step is under way that KVM does not watch over."""
+        return self._stepping and not self._reports_events and not self._control & kvm_abi.GuestDebug.SINGLESTEP
+
+    def stepped(self) -> gdb_rsp.Stop:
+        """Return the stop of a step that ended outside the guest."""
+        self.lift_traps()
+        return self._rsp.Stop(_SIGTRAP, self._rsp.Reason.STEP)
+
+    def stop_of_exit(self) -> gdb_rsp.Stop | None:
+        """Return the stop that the last exit is, or None: then it is the run loop's."""
+        kvm_run = self._vcpu.kvm_run
+        self.lift_traps()
+        if kvm_run.exit_reason == KvmExit.DEBUG:
+            return self._stop_of_debug_exit(kvm_run.debug.arch)
+        if kvm_abi.failed_instruction(kvm_run)[:1] != _INT3:
+            return None
+        regs = self._vcpu.get_regs()
+        if regs.rip in self._patches:
+            return self._rsp.Stop(_SIGTRAP, self._rsp.Reason.BREAKPOINT)
+        vector = {handler: vector for vector, handler in self._traps.items()}.get(regs.rip)
+        return None if vector is None else self._leave_handler(vector, regs)
+
+    def show_crash(self, failure: GuestFailure) -> None:
+        """Show the registers of the code that failed, not those of the handler that reported it."""
+        self._crash = failure
+        self.lift_traps()
+
+    def _stop_of_debug_exit(self, arch: Any) -> gdb_rsp.Stop:
+        reasons = self._rsp.Reason
+        if arch.exception == kvm_abi.Vector.BP:
+            is_ours = self._vcpu.get_regs().rip in self._patches
+            return self._rsp.Stop(_SIGTRAP, reasons.BREAKPOINT if is_ours else reasons.OTHER)
+        for slot in range(len(self._hardware)):
+            if arch.dr6 >> slot & 1:
+                return self._rsp.Stop(_SIGTRAP, reasons.HARDWARE, slot)
+        return self._rsp.Stop(_SIGTRAP, reasons.STEP if self._stepping else reasons.OTHER)
+
+    def _set_guest_debug(self, step: bool) -> None:
+        flags = kvm_abi.GuestDebug
+        control = flags.ENABLE | flags.USE_SW_BP | flags.USE_HW_BP
+        if step:
+            control |= flags.SINGLESTEP
+        wanted = (control, tuple(self._hardware))
+        if wanted == self._armed:
+            return
+        debug = kvm_abi.kvm_guest_debug(control=control)
+        for slot, breakpoint_ in enumerate(self._hardware):
+            debug.arch.debugreg[slot] = breakpoint_.address
+            debug.arch.debugreg[7] |= self._dr7_of(slot, breakpoint_)
+        self._vcpu.set_guest_debug(debug)
+        self._armed, self._control = wanted, control
+
+    def _dr7_of(self, slot: int, breakpoint_: gdb_rsp.HardwareBreakpoint) -> int:
+        """Return DR7's bits for one debug register (AMD64 APM volume 2, 13.1.1.4)."""
+        access = self._rsp.Access
+        kind = {access.EXECUTE: 0b00, access.WRITE: 0b01, access.ACCESS: 0b11}[breakpoint_.access]
+        length = {1: 0b00, 2: 0b01, 8: 0b10, 4: 0b11}[breakpoint_.size]
+        return 1 << 2 * slot | (kind | length << 2) << (16 + 4 * slot)
+
+    def _change_rflags(self, *, set_bits: int, clear_bits: int) -> None:
+        regs = self._vcpu.get_regs()
+        regs.rflags = regs.rflags & ~clear_bits | set_bits
+        self._vcpu.set_regs(regs)
+
+    # -- traps in the guest's handlers, where KVM reports nothing --
+
+    def _set_traps(self) -> None:
+        self._traps.clear()
+        idt = self._vcpu.get_sregs().idt
+        for vector in (kvm_abi.Vector.DB, kvm_abi.Vector.BP):
+            if idt.limit < vector * _GATE.size + _GATE.size - 1:
+                continue
+            with contextlib.suppress(HyperlightError, self._rsp.TargetError):
+                gate = self._guest.physical.read_virt(self._cr3(), idt.base + vector * _GATE.size, _GATE.size)
+                low, _, _, flags, middle, high, _ = _GATE.unpack(gate)
+                if flags & _GATE_PRESENT:
+                    handler = low | middle << 16 | high << 32
+                    self._patch(handler)
+                    self._traps[vector] = handler
+
+    def lift_traps(self) -> None:
+        """Put the handlers' own bytes back; which handlers they were stays known."""
+        for handler in self._traps.values():
+            if handler in self._patches:
+                self._unpatch(handler)
+
+    def _leave_handler(self, vector: int, regs: kvm_abi.kvm_regs) -> gdb_rsp.Stop:
+        """Go back from a handler's first instruction to the code that it interrupted."""
+        frame = self._guest.physical.read_virt(self._cr3(), regs.rsp, _INTERRUPT_FRAME.size)
+        rip, cs, rflags, rsp, ss = _INTERRUPT_FRAME.unpack(frame)
+        is_step = vector == kvm_abi.Vector.DB
+        reason = self._rsp.Reason.STEP if is_step else self._rsp.Reason.OTHER
+        if not is_step and rip - 1 in self._patches:
+            rip, reason = rip - 1, self._rsp.Reason.BREAKPOINT
+        regs.rip, regs.rsp, regs.rflags = rip, rsp, rflags & ~Rflags.TF
+        sregs = self._vcpu.get_sregs()
+        dpl = cs & 3
+        sregs.cs = kvm_abi.kvm_segment(
+            selector=cs, limit=0xFFFFFFFF, type=0xB, present=1, dpl=dpl, s=1, l=1, g=1
+        )
+        sregs.ss = kvm_abi.kvm_segment(
+            selector=ss, limit=0xFFFFFFFF, type=0x3, present=1, dpl=dpl, s=1, db=1, g=1
+        )
+        self._vcpu.set_sregs(sregs)
+        self._vcpu.set_regs(regs)
+        return self._rsp.Stop(_SIGTRAP, reason)
+
+    # -- registers (gdb_rsp.Target) --
+
+    def read_registers(self, names: Sequence[str]) -> Mapping[str, int]:
+        """Return the registers named, from the crashed code where the guest has crashed."""
+        known: dict[str, int] = {}
+        wanted = set(names)
+        for group, read in self._register_groups().items():
+            if wanted & group:
+                known |= read()
+        if self._crash is not None and isinstance(self._crash, GuestAborted):
+            known |= {_GDB_NAMES.get(name, name): value for name, value in self._crash.registers.items()}
+        return {name: known[name] for name in names if name in known}
+
+    def write_registers(self, values: Mapping[str, int]) -> None:
+        """Set the registers named, and leave every other one as it is."""
+        if self._crash is not None:
+            raise self._rsp.TargetError("the guest has crashed: its registers can only be read", errno.EPERM)
+        unknown = set(values)
+        for group, write in (
+            (_GENERAL_NAMES, self._write_general),
+            (_SYSTEM_NAMES, self._write_system),
+            (_XSAVE_NAMES, self._write_xsave),
+            (_DEBUG_NAMES, self._write_debug),
+        ):
+            if chosen := {name: value for name, value in values.items() if name in group}:
+                write(chosen)
+                unknown -= set(chosen)
+        if unknown:
+            raise self._rsp.TargetError(f"{', '.join(sorted(unknown))} cannot be written", errno.EPERM)
+
+    def _register_groups(self) -> dict[frozenset[str], Callable[[], dict[str, int]]]:
+        return {
+            _GENERAL_NAMES: self._read_general,
+            _SYSTEM_NAMES: self._read_system,
+            _XSAVE_NAMES: self._read_xsave,
+            _DEBUG_NAMES: self._read_debug,
+            _MSR_NAMES: self._read_msrs,
+        }
+
+    def _read_general(self) -> dict[str, int]:
+        return {_GDB_NAMES.get(name, name): value for name, value in self._guest.vm.registers().items()}
+
+    def _write_general(self, values: Mapping[str, int]) -> None:
+        regs = self._vcpu.get_regs()
+        for name, value in values.items():
+            setattr(regs, _KVM_NAMES.get(name, name), value)
+        self._vcpu.set_regs(regs)
+
+    def _read_system(self) -> dict[str, int]:
+        sregs = self._vcpu.get_sregs()
+        return {name: operator.attrgetter(path)(sregs) for name, path in _SREGS_PATHS.items()}
+
+    def _write_system(self, values: Mapping[str, int]) -> None:
+        sregs = self._vcpu.get_sregs()
+        for name, value in values.items():
+            owner, _, field = _SREGS_PATHS[name].rpartition(".")
+            setattr(operator.attrgetter(owner)(sregs) if owner else sregs, field, value)
+        self._vcpu.set_sregs(sregs)
+
+    def _read_xsave(self) -> dict[str, int]:
+        area = bytes(self._vcpu.get_xsave().region)
+        values = {
+            name: int.from_bytes(area[offset : offset + size], "little")
+            for name, (offset, size) in _XSAVE_FIELDS.items()
+        }
+        values["ftag"] = _full_tags(area)
+        if not self._has_avx():
+            values = {name: value for name, value in values.items() if not name.startswith("ymm")}
+        return values
+
+    def _write_xsave(self, values: Mapping[str, int]) -> None:
+        xsave = self._vcpu.get_xsave()
+        area = bytearray(bytes(xsave.region))
+        for name, value in values.items():
+            if name == "ftag":
+                area[4] = sum(1 << index for index in range(8) if value >> 2 * index & 3 != 3)
+                continue
+            offset, size = _XSAVE_FIELDS[name]
+            area[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        area[_XSTATE_BV] |= 0b011 | (0b100 if any(name.startswith("ymm") for name in values) else 0)
+        ctypes.memmove(ctypes.addressof(xsave.region), bytes(area), len(area))
+        self._vcpu.set_xsave(xsave)
+
+    def _has_avx(self) -> bool:
+        return any(entry.xcr == 0 and entry.value & 0b100 for entry in self._vcpu.get_xcrs().xcrs[:1])
+
+    def _read_debug(self) -> dict[str, int]:
+        registers = self._vcpu.get_debugregs()
+        return {
+            **{f"dr{index}": registers.db[index] for index in range(4)},
+            "dr6": registers.dr6,
+            "dr7": registers.dr7,
+        }
+
+    def _write_debug(self, values: Mapping[str, int]) -> None:
+        registers = self._vcpu.get_debugregs()
+        for name, value in values.items():
+            if name in ("dr6", "dr7"):
+                setattr(registers, name, value)
+            else:
+                registers.db[int(name[2])] = value
+        self._vcpu.set_debugregs(registers)
+
+    def _read_msrs(self) -> dict[str, int]:
+        with contextlib.suppress(kvm_abi.KvmError):
+            values = self._vcpu.get_msrs(_MSRS.values())
+            return {name: values[index] for name, index in _MSRS.items()}
+        return {}
+
+    # -- memory (gdb_rsp.Target, PhysicalMemory) --
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        """Return up to *size* bytes at a gva, at most to the end of its page."""
+        mapping, offset, count = self._place(address, size)
+        return mapping.read(offset, count)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Write at a gva, whatever the guest's rights; mapped files and regions are refused."""
+        if self._crash is not None:
+            raise self._rsp.TargetError("the guest has crashed: its memory can only be read", errno.EPERM)
+        pieces, position = [], 0
+        while position < len(data):
+            mapping, offset, count = self._place(address + position, len(data) - position, writing=True)
+            pieces.append((mapping, offset, data[position : position + count]))
+            position += count
+        for mapping, offset, piece in pieces:
+            mapping.write(offset, piece)
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        """Return up to *size* bytes at a gpa, at most to the end of its region."""
+        for region in self._guest.physical.regions():
+            if region.gpa <= address < region.end:
+                return region.mapping.read(address - region.gpa, min(size, region.end - address))
+        raise self._rsp.TargetFault(address, "there is no memory at this guest-physical address")
+
+    def write_physical(self, address: int, data: bytes) -> None:
+        """Write at a gpa."""
+        try:
+            self._guest.physical.write_phys(address, data)
+        except HyperlightError as error:
+            raise self._rsp.TargetFault(address, str(error)) from error
+
+    def _place(self, gva: int, size: int, *, writing: bool = False) -> tuple[SharedMemory, int, int]:
+        """Return where a gva lies, and how many of *size* bytes lie in the same page."""
+        gva &= 0xFFFF_FFFF_FFFF_FFFF
+        try:
+            gpa = self._guest.physical.translate(self._cr3(), gva).gpa
+        except HyperlightError as error:
+            raise self._rsp.TargetFault(gva, str(error)) from error
+        count = min(size, PAGE_SIZE - gva % PAGE_SIZE)
+        for region in self._guest.physical.regions():
+            if region.gpa <= gpa < region.end:
+                if writing and not region.holds_tables:
+                    raise self._rsp.TargetFault(gva, "mapped files and regions are read-only")
+                return region.mapping, gpa - region.gpa, count
+        raise self._rsp.TargetFault(gva, f"gpa {gpa:#x} is not backed by memory")
+
+    def _cr3(self) -> int:
+        return int(self._vcpu.get_sregs().cr3)
+
+    # -- breakpoints (gdb_rsp.SoftwareBreakpoints, HardwareBreakpoints) --
+
+    def insert_breakpoint(self, address: int) -> None:
+        """Put an int3 at a gva."""
+        self._patch(address)
+
+    def remove_breakpoint(self, address: int) -> None:
+        """Put the program's own byte back."""
+        self._unpatch(address)
+
+    def _patch(self, address: int) -> None:
+        if address not in self._patches:
+            mapping, offset, _ = self._place(address, 1, writing=True)
+            self._patches[address] = (mapping, offset, mapping.read_u8(offset))
+            mapping.write(offset, _INT3)
+
+    def _unpatch(self, address: int) -> None:
+        """Undo `_patch` where it was done, and where the guest has copied the page to since."""
+        mapping, offset, original = self._patches.pop(address)
+        places = [(mapping, offset)]
+        with contextlib.suppress(self._rsp.TargetError):
+            places.append(self._place(address, 1, writing=True)[:2])
+        for place, at in places:
+            with contextlib.suppress(HyperlightError):  # the memory may have been replaced since
+                if place.read(at, 1) == _INT3:
+                    place.write_u8(at, original)
+
+    def hardware_access(self) -> frozenset[gdb_rsp.Access]:
+        """Return what debug registers can do: nothing where KVM does not report them (spec/kvm-hosts.md 2.7)."""
+        return frozenset(self._rsp.Access) if self._reports_events else frozenset()
+
+    def set_hardware_breakpoints(self, breakpoints: Sequence[gdb_rsp.HardwareBreakpoint]) -> None:
+        """Arm exactly these from the next entry on."""
+        self._hardware = list(breakpoints)
+
+    # -- what the guest is (gdb_rsp.ExecFile, LoadAddress, ThreadInfo, Restart, Monitor) --
+
+    def exec_file(self) -> tuple[str, bytes]:
+        """Return the guest's ELF file, for gdb to fetch symbols from."""
+        elf = self._guest.snapshot.elf
+        return elf.path or "/guest", elf.data
+
+    def load_address(self) -> int:
+        """Return where the image lies (gva)."""
+        return BASE_ADDRESS
+
+    def thread_info(self) -> str:
+        """Say what the vCPU is doing."""
+        return f"vcpu 0, {self._guest.activity}"
+
+    def restart(self) -> None:
+        """Put the guest back to its first snapshot, and its call back to the beginning."""
+        try:
+            self._patches.clear()
+            self._traps.clear()
+            self._crash = None
+            self._guest.start_again()
+        except (HyperlightError, kvm_abi.KvmError) as error:
+            raise self._rsp.TargetError(str(error)) from error
+
+    def monitor_commands(self) -> Mapping[str, gdb_rsp.MonitorCommand]:
+        """Return the commands of gdb's ``monitor`` by name."""
+        command = self._rsp.MonitorCommand
+        return {
+            "regs": command("general registers", lambda _: _table(self._read_general())),
+            "sregs": command("segment, control and descriptor registers", lambda _: _table(self._read_system())),
+            "msr": command("MSR INDEX: read a model-specific register", self._monitor_msr),
+            "cpuid": command("LEAF [INDEX]: what the guest's CPUID says", self._monitor_cpuid),
+            "pt": command("GVA: how an address is translated", self._monitor_pt),
+            "layout": command("where everything lies in guest memory", lambda _: self._monitor_layout()),
+            "exit": command("the last exit from the guest", lambda _: kvm_abi.describe_exit(self._vcpu.kvm_run)),
+        }
+
+    def _monitor_msr(self, arguments: Sequence[str]) -> str:
+        index = _number_argument(arguments, self._rsp.TargetError)
+        try:
+            return f"{index:#x} = {self._vcpu.get_msrs([index])[index]:#x}"
+        except (kvm_abi.KvmError, OverflowError) as error:
+            raise self._rsp.TargetError(f"MSR {index:#x} cannot be read: {error}") from error
+
+    def _monitor_cpuid(self, arguments: Sequence[str]) -> str:
+        leaf = _number_argument(arguments, self._rsp.TargetError)
+        rows = [
+            f"{entry.function:#010x}.{entry.index}: eax {entry.eax:08x} ebx {entry.ebx:08x} "
+            f"ecx {entry.ecx:08x} edx {entry.edx:08x}"
+            for entry in _guest_cpuid().entries
+            if entry.function == leaf
+        ]
+        return "\n".join(rows) or f"there is no CPUID leaf {leaf:#x}"
+
+    def _monitor_pt(self, arguments: Sequence[str]) -> str:
+        gva = _number_argument(arguments, self._rsp.TargetError)
+        try:
+            found = self._guest.physical.translate(self._cr3(), gva)
+        except memory.TranslationFault as fault:
+            return str(fault)
+        rights = "".join(
+            letter if is_set else "-"
+            for letter, is_set in zip(
+                "WXUC", (found.writable, found.executable, found.user, found.copy_on_write), strict=True
+            )
+        )
+        return f"gva {gva:#x} -> gpa {found.gpa:#x}, page of {found.page_size:#x} bytes, R{rights}"
+
+    def _monitor_layout(self) -> str:
+        layout = self._guest.snapshot.layout
+        rows = [f"{region.gpa:#18x} {region.size:#10x} {region.name} {region.flags}" for region in layout.regions()]
+        scratch = f"{layout.scratch_base_gva:#18x} {layout.scratch_size:#10x} scratch"
+        rows.append(f"{scratch}, gpa {layout.scratch_base_gpa:#x}")
+        return "\n".join(rows)
+
+
+def _table(values: Mapping[str, int]) -> str:
+    return "\n".join(f"{name:12} {value:#x}" for name, value in values.items())
+
+
+def _number_argument(arguments: Sequence[str], error: type[Exception]) -> int:
+    try:
+        (text, *_) = arguments
+        return int(text, 0) & 0xFFFF_FFFF_FFFF_FFFF
+    except ValueError:
+        raise error("one number is needed, such as 0x10") from None
+
+
+_INT3 = b"\xcc"
+_GATE = struct.Struct("<HHBBHII")
+"""An IDT gate: offset, selector, IST, flags, two more pieces of the offset (AMD64 APM volume 2, 4.8.4)."""
+_GATE_PRESENT = 0x80
+_INTERRUPT_FRAME = struct.Struct("<5Q")
+"""What the CPU pushes for a vector without error code: rip, cs, rflags, rsp, ss."""
+
+_GDB_NAMES = {"rflags": "eflags"}
+_KVM_NAMES = {"eflags": "rflags"}
+_GENERAL_NAMES = frozenset(_GDB_NAMES.get(name, name) for name, *_ in kvm_abi.kvm_regs._fields_)
+
+_SREGS_PATHS = {
+    **{name: f"{name}.selector" for name in ("cs", "ss", "ds", "es", "fs", "gs", "tr")},
+    **{name: name for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")},
+    "ldtr": "ldt.selector",
+    "fs_base": "fs.base",
+    "gs_base": "gs.base",
+    "gdtr_base": "gdt.base",
+    "gdtr_limit": "gdt.limit",
+    "idtr_base": "idt.base",
+    "idtr_limit": "idt.limit",
+}
+"""Where kvm_sregs has the system registers."""
+_SYSTEM_NAMES = frozenset(_SREGS_PATHS)
+
+_XSAVE_FIELDS = {
+    "fctrl": (0, 2), "fstat": (2, 2), "fop": (6, 2), "fioff": (8, 4), "fiseg": (12, 2),
+    "fooff": (16, 4), "foseg": (20, 2), "mxcsr": (24, 4),
+    **{f"st{index}": (32 + 16 * index, 10) for index in range(8)},
+    **{f"xmm{index}": (160 + 16 * index, 16) for index in range(16)},
+    **{f"ymm{index}h": (576 + 16 * index, 16) for index in range(16)},
+}  # fmt: skip
+"""(offset, size) in the XSAVE area, standard format (AMD64 APM volume 2, 11.5)."""
+_XSAVE_NAMES = frozenset({*_XSAVE_FIELDS, "ftag"})
+_XSTATE_BV = 512
+
+_DEBUG_NAMES = frozenset({"dr0", "dr1", "dr2", "dr3", "dr6", "dr7"})
+_MSRS = {
+    "msr_star": kvm_abi.Msr.STAR,
+    "msr_lstar": kvm_abi.Msr.LSTAR,
+    "msr_pat": kvm_abi.Msr.IA32_CR_PAT,
+    "msr_apic_base": kvm_abi.Msr.IA32_APICBASE,
+}
+_MSR_NAMES = frozenset(_MSRS)
+
+
+def _full_tags(area: bytes) -> int:
+    """Expand FXSAVE's tag byte to x87's tag word: 0 valid, 1 zero, 2 special, 3 empty for each register."""
+    top = area[3] >> 3 & 7  # FSW.TOP: st0 is this physical register
+    tags = 0
+    for physical in range(8):
+        tag = 3
+        if area[4] >> physical & 1:
+            stack_index = (physical - top) % 8
+            tag = _x87_class(area[32 + 16 * stack_index : 42 + 16 * stack_index])
+        tags |= tag << 2 * physical
+    return tags
+
+
+def _x87_class(value: bytes) -> int:
+    mantissa = int.from_bytes(value[:8], "little")
+    exponent = int.from_bytes(value[8:], "little") & 0x7FFF
+    if exponent == 0 and mantissa == 0:
+        return 1
+    return 0 if 0 < exponent < 0x7FFF and mantissa >> 63 else 2
 
 
 # ======================================================================================

@@ -1843,6 +1843,11 @@ class GuestElf:
             _relocate(image, self._dynamic, base)
             return image
 
+    @property
+    def data(self) -> bytes:
+        """The bytes of the file."""
+        return self._data
+
     def symbols(self) -> list[Symbol]:
         """Return the functions of the symbol table by ascending offset; none where it is stripped.
 

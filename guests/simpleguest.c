@@ -55,7 +55,8 @@ static hl_Vec *all_types(const hl_FunctionCall *call) {
     hl_Vec bytes = ARGUMENT(8, VecBytes);
     hl_format_double(single, sizeof single, "%g", hl_double_bits(ARGUMENT(4, UInt)));
     hl_format_double(precise, sizeof precise, "%.17g", ARGUMENT(5, ULong));
-    int length = snprintf(text, sizeof text, "Int:%d UInt:%u Long:%ld ULong:%lu Float:%s Double:%s String:%s Bool:%s VecBytes:",
+    int length = snprintf(text, sizeof text,
+                          "Int:%d UInt:%u Long:%ld ULong:%lu Float:%s Double:%s String:%s Bool:%s VecBytes:",
                           ARGUMENT(0, Int), ARGUMENT(1, UInt), ARGUMENT(2, Long), ARGUMENT(3, ULong), single,
                           precise, ARGUMENT(6, String), ARGUMENT(7, Bool) ? "true" : "false");
     for (uintptr_t i = 0; i < bytes.len && length + 2 < (int)sizeof text; i++)
@@ -119,6 +120,19 @@ static hl_Vec *print_arguments(const hl_FunctionCall *call) {
     return hl_flatbuffer_result_from_Int(printf("%s.", text));
 }
 
+/* One value by one printf conversion, such as "%-8.3e" or "%+ld". */
+static hl_Vec *format_double(const hl_FunctionCall *call) {
+    char text[512];
+    hl_format_double(text, sizeof text, ARGUMENT(0, String), ARGUMENT(1, ULong));
+    return hl_flatbuffer_result_from_String(text);
+}
+
+static hl_Vec *format_long(const hl_FunctionCall *call) {
+    char text[128];
+    snprintf(text, sizeof text, ARGUMENT(0, String), ARGUMENT(1, Long));
+    return hl_flatbuffer_result_from_String(text);
+}
+
 static int32_t log_message(const char *text, int32_t level) {
     LOG((hl_Level)level, text);
     return 0;
@@ -146,6 +160,8 @@ static void register_output(void) {
     static const hl_ParameterType types[] = {STRING, INT, LONG, STRING, STRING, BOOL, BOOL, UINT, ULONG, INT, FLOAT};
     for (uintptr_t i = 0; i < sizeof names / sizeof *names; i++)
         hl_register_function_definition(names[i], print_arguments, i + 2, types, hl_ReturnType_Int);
+    REGISTER_RAW("FormatDouble", format_double, String, STRING, DOUBLE);
+    REGISTER_RAW("FormatLong", format_long, String, STRING, LONG);
     HYPERLIGHT_REGISTER_FUNCTION("PrintOutput", print_output);
     HYPERLIGHT_REGISTER_FUNCTION("PrintUsingPrintf", print_output);
     HYPERLIGHT_REGISTER_FUNCTION("LogMessage", log_message);
@@ -272,11 +288,13 @@ static hl_Vec *forward(const hl_FunctionCall *call, const char *name, hl_ReturnT
     }
 }
 
-static hl_Vec *retrieve_bool(const hl_FunctionCall *call) { return forward(call, "HostBool", hl_ReturnType_Bool); }
-static hl_Vec *retrieve_float(const hl_FunctionCall *call) { return forward(call, "HostAddFloat", hl_ReturnType_Float); }
-static hl_Vec *retrieve_double(const hl_FunctionCall *call) { return forward(call, "HostAddDouble", hl_ReturnType_Double); }
-static hl_Vec *retrieve_string(const hl_FunctionCall *call) { return forward(call, "HostAddStrings", hl_ReturnType_String); }
-static hl_Vec *host_all_types(const hl_FunctionCall *call) { return forward(call, "HostAllTypes", hl_ReturnType_String); }
+#define FORWARD(function, name, Type)                                                                \
+    static hl_Vec *function(const hl_FunctionCall *call) { return forward(call, name, hl_ReturnType_##Type); }
+FORWARD(retrieve_bool, "HostBool", Bool)
+FORWARD(retrieve_float, "HostAddFloat", Float)
+FORWARD(retrieve_double, "HostAddDouble", Double)
+FORWARD(retrieve_string, "HostAddStrings", String)
+FORWARD(host_all_types, "HostAllTypes", String)
 
 /* One function per return type: calls the host function named, without parameters, and returns what it returned. */
 #define PARAMLESS(function, Type)                                                                    \
@@ -372,7 +390,8 @@ static void register_host_callers(void) {
     REGISTER_RAW("GuestRetrievesFloatValue", retrieve_float, Float, FLOAT, FLOAT);
     REGISTER_RAW("GuestRetrievesDoubleValue", retrieve_double, Double, DOUBLE, DOUBLE);
     REGISTER_RAW("GuestRetrievesStringValue", retrieve_string, String, STRING);
-    REGISTER_RAW("CallHostAllTypes", host_all_types, String, INT, UINT, LONG, ULONG, FLOAT, DOUBLE, STRING, BOOL, BYTES);
+    REGISTER_RAW("CallHostAllTypes", host_all_types, String, INT, UINT, LONG, ULONG, FLOAT, DOUBLE, STRING, BOOL,
+                 BYTES);
     REGISTER_RAW("CallHostExpectError", call_host_expect_error, String, STRING);
     REGISTER_RAW("TryCallHost", try_call_host, Int, STRING);
     REGISTER_RAW("HostCallLoop", host_call_loop, Void, STRING);

@@ -42,6 +42,12 @@ bool hl_kernel_is_mapped(uint64_t gva);
 void hl_kernel_enable_vector(unsigned vector);
 _Noreturn void hl_kernel_abort_exception(const struct hl_ExceptionFrame *frame, uint64_t address);
 
+/* What entry.S calls in kernel.c: at the first entry, at a page fault (false: not the kernel's business), at any
+ * other exception (returns only if the guest takes it). */
+void hl_kernel_init(void);
+bool hl_kernel_page_fault(uint64_t error);
+void hl_kernel_exception(struct hl_ExceptionFrame *frame);
+
 /* What the kernel part needs of the runtime: where to go, which vectors it wants to see, and where FS points.
  * C libraries are built to find themselves and their stack-protector canary (at 0x28) through FS. */
 void hl_runtime_init(const void *peb, uint64_t seed, uint64_t page_size, uint64_t log_level);

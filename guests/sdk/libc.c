@@ -169,6 +169,85 @@ char *strdup(const char *text) {
     return memcpy(malloc(size), text, size);
 }
 
+/* ---- UTF-8: what hosts accept as text ---------------------------------------------------------------------- */
+
+/* How many bytes a character takes that begins with this one; 0 if none does. */
+static size_t utf8_size(uint8_t first) {
+    return first < 0x80 ? 1 : first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
+}
+
+/* The second byte rules out overlong forms, surrogates and what lies beyond U+10FFFF. */
+static bool utf8_accepts(const uint8_t *at, size_t index) {
+    uint8_t low = 0x80, high = 0xBF;
+    if (index == 1 && at[0] == 0xE0)
+        low = 0xA0;
+    else if (index == 1 && at[0] == 0xED)
+        high = 0x9F;
+    else if (index == 1 && at[0] == 0xF0)
+        low = 0x90;
+    else if (index == 1 && at[0] == 0xF4)
+        high = 0x8F;
+    return at[index] >= low && at[index] <= high;
+}
+
+/* Measures one character of a NUL-terminated text, or, if it is not valid, the bytes that one U+FFFD replaces. */
+static size_t utf8_step(const uint8_t *at, bool *valid) {
+    size_t size = utf8_size(at[0]), accepted = 1;
+    while (accepted < size && utf8_accepts(at, accepted))
+        accepted++;
+    *valid = size != 0 && accepted == size;
+    return accepted;
+}
+
+/* Past all that is valid: at the first byte that is not, or at the NUL. */
+static const char *utf8_skip_valid(const char *text) {
+    bool valid = true;
+    while (*text != '\0') {
+        size_t step = utf8_step((const uint8_t *)text, &valid);
+        if (!valid)
+            break;
+        text += step;
+    }
+    return text;
+}
+
+static bool is_ascii(const char *text, size_t size) {
+    for (; size >= 8; text += 8, size -= 8)
+        if (*(const word *)text & 0x8080808080808080u)
+            return false;
+    for (; size > 0; text++, size--)
+        if (*text & 0x80)
+            return false;
+    return true;
+}
+
+char *hl_valid_utf8(const char *text) {
+    size_t size = strlen(text);
+    if (is_ascii(text, size) || *utf8_skip_valid(text) == '\0')
+        return NULL;
+    char *copy = malloc(3 * size + 1), *end = copy;    /* at worst every byte becomes a U+FFFD */
+    for (;;) {
+        const char *bad = utf8_skip_valid(text);
+        bool valid;
+        memcpy(end, text, (size_t)(bad - text));
+        end += bad - text;
+        if (*bad == '\0')
+            break;
+        memcpy(end, "\xEF\xBF\xBD", 3);
+        end += 3;
+        text = bad + utf8_step((const uint8_t *)bad, &valid);
+    }
+    *end = '\0';
+    return copy;
+}
+
+size_t hl_unfinished_utf8(const char *text, size_t size) {
+    for (size_t back = 1; back < HL_UTF8_MAX && back <= size; back++)
+        if ((text[size - back] & 0xC0) != 0x80)    /* not a continuation: the character begins here */
+            return utf8_size((uint8_t)text[size - back]) > back ? back : 0;
+    return 0;
+}
+
 /* ---- Heap -------------------------------------------------------------------------------------------------- *
  *
  * The heap is a row of chunks, each a 16-byte header before its payload, then `top`, the part not yet used. A

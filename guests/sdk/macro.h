@@ -37,7 +37,8 @@
 #define HL_ARGUMENTS_8(A, B, C, D, E, F, G, H) HL_ARGUMENTS_7(A, B, C, D, E, F, G), HL_ARGUMENT(7, H)
 #define HL_ARGUMENTS_9(A, B, C, D, E, F, G, H, I) HL_ARGUMENTS_8(A, B, C, D, E, F, G, H), HL_ARGUMENT(8, I)
 #define HL_ARGUMENTS_10(A, B, C, D, E, F, G, H, I, J) HL_ARGUMENTS_9(A, B, C, D, E, F, G, H, I), HL_ARGUMENT(9, J)
-#define HL_ARGUMENTS_11(A, B, C, D, E, F, G, H, I, J, K) HL_ARGUMENTS_10(A, B, C, D, E, F, G, H, I, J), HL_ARGUMENT(10, K)
+#define HL_ARGUMENTS_11(A, B, C, D, E, F, G, H, I, J, K) \
+    HL_ARGUMENTS_10(A, B, C, D, E, F, G, H, I, J), HL_ARGUMENT(10, K)
 
 #define HL_TYPES_0(...) (hl_ParameterType)0
 #define HL_TYPES_1(A) hl_ParameterType_##A

@@ -92,7 +92,7 @@ static uint64_t next_long_double_bits(struct arguments *arguments) {
     if (exponent > 1023)
         return sign | 0x7FEFFFFFFFFFFFFF;
     if (exponent < -1022)
-        return sign;
+        return sign | (exponent < -1074 ? 0 : mantissa >> (-1011 - exponent));
     return sign | (uint64_t)(exponent + 1023) << 52 | (mantissa << 1) >> 12;
 }
 
@@ -267,10 +267,10 @@ static void scale(struct limbs *limbs, uint64_t mantissa, int exponent) {
     limbs->first = limbs->end = INTEGER_LIMBS;
     for (; mantissa != 0; mantissa /= LIMB)
         limbs->limb[--limbs->first] = (uint32_t)(mantissa % LIMB);
-    for (; exponent > 0; exponent -= 29)
-        shift_left(limbs, exponent > 29 ? 29 : (unsigned)exponent);
-    for (; exponent < 0; exponent += 9)
-        shift_right(limbs, exponent < -9 ? 9 : (unsigned)-exponent);
+    for (int left = exponent; left > 0; left -= 29)
+        shift_left(limbs, left > 29 ? 29 : (unsigned)left);
+    for (int right = -exponent; right > 0; right -= 9)
+        shift_right(limbs, right > 9 ? 9 : (unsigned)right);
 }
 
 /* The digits of a finite double, sign apart. Zero has none. */

@@ -140,8 +140,11 @@ hl_Vec *hl_flatbuffer_result_from_Void(void) {
 }
 
 hl_Vec *hl_flatbuffer_result_from_String(const char *text) {
-    hl_ParameterValue value = {.String = (char *)text};
-    return hl_encode_result(hl_ReturnType_String, &value);
+    char *valid = hl_valid_utf8(text);
+    hl_ParameterValue value = {.String = valid != NULL ? valid : (char *)text};
+    hl_Vec *result = hl_encode_result(hl_ReturnType_String, &value);
+    free(valid);
+    return result;
 }
 
 hl_Vec *hl_flatbuffer_result_from_Bytes(const uint8_t *data, uintptr_t len) {
@@ -365,20 +368,31 @@ hl_HostResult hl_try_call_host_function(const hl_FunctionCall *function_call) {
 static char print_buffer[PRINT_BUFFER_SIZE + 1];
 static size_t print_length;
 
-static void host_print(void) {
-    print_buffer[print_length] = '\0';
-    print_length = 0;
-    hl_Parameter text = {hl_ParameterType_String, {.String = print_buffer}};
+/* Prints the first bytes of the buffer, and moves what follows them to its start. */
+static void host_print(size_t size) {
+    char rest[HL_UTF8_MAX];
+    size_t rest_size = print_length - size;
+    memcpy(rest, print_buffer + size, rest_size);
+    print_buffer[size] = '\0';
+    char *valid = hl_valid_utf8(print_buffer);
+    hl_Parameter text = {hl_ParameterType_String, {.String = valid != NULL ? valid : print_buffer}};
     hl_FunctionCall call = {"HostPrint", &text, 1, hl_ReturnType_Int};
     hl_call_host_function(&call);
     hl_get_host_return_value_as_Int();
+    free(valid);
+    memcpy(print_buffer, rest, rest_size);
+    print_length = rest_size;
 }
 
+/* A full buffer leaves out a character that it holds only the beginning of. */
 void _putchar(char character) {
-    if (character != '\0')
-        print_buffer[print_length++] = character;
-    if (character == '\0' || print_length == PRINT_BUFFER_SIZE)
-        host_print();
+    if (character == '\0') {
+        host_print(print_length);
+        return;
+    }
+    print_buffer[print_length++] = character;
+    if (print_length == PRINT_BUFFER_SIZE)
+        host_print(PRINT_BUFFER_SIZE - hl_unfinished_utf8(print_buffer, PRINT_BUFFER_SIZE));
 }
 
 void hl_log(hl_Level level, const char *message, int32_t line, const char *file) {
@@ -408,6 +422,8 @@ uint64_t hl_handled_vectors;
 static hl_ExceptionHandler exception_handlers[HL_VECTOR_COUNT];
 
 void hl_map_gpa(uint64_t gva, uint64_t gpa, uint64_t size, unsigned flags) {
+    if ((gva | gpa) % HL_PAGE_SIZE != 0)
+        hl_panic("hl_map_gpa: an address does not begin a page");
     hl_kernel_map(gva, gpa, size, flags);
 }
 
@@ -425,8 +441,6 @@ void hl_set_exception_handler(unsigned vector, hl_ExceptionHandler handler) {
 }
 
 /* Called by the upcall in entry.S. */
-bool hl_runtime_exception(unsigned vector, hl_ExceptionContext *context, uint64_t fault_address);
-
 bool hl_runtime_exception(unsigned vector, hl_ExceptionContext *context, uint64_t fault_address) {
     return exception_handlers[vector](context, fault_address);
 }

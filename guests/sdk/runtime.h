@@ -15,6 +15,14 @@
 
 void hl_heap_init(uint8_t *start, size_t size);
 
+#define HL_UTF8_MAX 4    /* bytes of one character */
+
+/* NULL if the text is valid UTF-8; else a copy for the caller to free, with U+FFFD for what is not. */
+char *hl_valid_utf8(const char *text);
+
+/* How many bytes at the end are the beginning of a character that is not complete. */
+size_t hl_unfinished_utf8(const char *text, size_t size);
+
 /* ---- messages.c: FlatBuffers by hand (abi.md 10) ----------------------------------------------------------- */
 
 /* The names of 10.2, index = hl_ParameterType. */
@@ -33,5 +41,9 @@ hl_Vec *hl_encode_call(const hl_FunctionCall *call, uint8_t call_type);
 hl_Vec *hl_encode_result(hl_ReturnType type, const hl_ParameterValue *value);
 hl_Vec *hl_encode_error(uint64_t code, const char *message);
 hl_Vec *hl_encode_log(uint8_t level, const char *prefix, const char *message, const char *file, uint32_t line);
+
+/* ---- runtime.c, called by entry.S -------------------------------------------------------------------------- */
+
+bool hl_runtime_exception(unsigned vector, hl_ExceptionContext *context, uint64_t fault_address);
 
 #endif
