@@ -2289,6 +2289,8 @@ class _Debugger:
         """Arrange for the guest to go on as the debugger wants."""
         self._guest.interrupt._acknowledge()
         if action is self._rsp.Resume.KILL:
+            action = self.server.exited(signal=_SIGKILL)  # waits for gdb's "run", if it can come
+        if action is self._rsp.Resume.KILL:
             raise EndedByDebugger
         self.target.prepare(step=action is self._rsp.Resume.STEP)
 
@@ -2300,7 +2302,7 @@ def _signal_of(failure: GuestFailure) -> int:
     return _SIGILL if isinstance(failure, EmulationFailure) else _SIGSEGV
 
 
-_SIGILL, _SIGTRAP, _SIGABRT, _SIGBUS, _SIGFPE, _SIGSEGV = 4, 5, 6, 10, 8, 11  # in gdb's numbering
+_SIGILL, _SIGTRAP, _SIGABRT, _SIGFPE, _SIGKILL, _SIGBUS, _SIGSEGV = 4, 5, 6, 8, 9, 10, 11  # as gdb counts
 _SIGNAL_OF_VECTOR: dict[int, int] = {
     **dict.fromkeys((kvm_abi.Vector.DE, kvm_abi.Vector.MF, kvm_abi.Vector.XM), _SIGFPE),
     **dict.fromkeys((kvm_abi.Vector.DB, kvm_abi.Vector.BP), _SIGTRAP),
@@ -3024,9 +3026,45 @@ def _call(arguments: argparse.Namespace) -> int:
     return _Status.OK
 
 
-def _call_guest(arguments: argparse.Namespace, function: str, values: Sequence[Any]) -> Any:
+def _gdb(arguments: argparse.Namespace) -> int:
+    """Boot the guest under a debugger, call one function and print its result."""
+    listen = "stdio" if arguments.stdio else arguments.listen
+    with contextlib.ExitStack() as undo:
+        if arguments.stdio:  # standard output belongs to the protocol
+            undo.enter_context(contextlib.redirect_stdout(sys.stderr))
+        announce = functools.partial(_launch_gdb, undo) if arguments.launch else _announce_debugger
+        debug_info = DebugInfo(listen, announce=None if arguments.stdio else announce)
+        values = [_argument_value(text) for text in arguments.arguments]
+        _put_result(_call_guest(arguments, arguments.function, values, debug_info))
+    return _Status.OK
+
+
+def _announce_debugger(address: str) -> None:
+    sys.stderr.write(f"The guest waits for a debugger. In another terminal:\n  {' '.join(_gdb_command(address))}\n")
+
+
+def _gdb_command(address: str, *, quoted: bool = True) -> list[str]:
+    target = f"target extended-remote {address.removeprefix('unix:')}"
+    return ["gdb", "-q", "-ex", f"'{target}'" if quoted else target]
+
+
+def _launch_gdb(undo: contextlib.ExitStack, address: str) -> None:
+    """Start gdb in this terminal; *undo* waits for it. Ctrl-C is for gdb alone meanwhile."""
+    import subprocess
+
+    try:
+        gdb = subprocess.Popen(_gdb_command(address, quoted=False))
+    except FileNotFoundError as error:
+        raise _CommandError(_Status.HOST_FAILED, "gdb is not installed: apt install gdb") from error
+    undo.callback(gdb.wait)
+
+
+def _call_guest(
+    arguments: argparse.Namespace, function: str, values: Sequence[Any], debug_info: DebugInfo | None = None
+) -> Any:
     """Boot the guest, call *function* in it and return its result."""
-    with UninitializedSandbox(_environment(arguments), _configuration(arguments)) as uninitialized:
+    config = dataclasses.replace(_configuration(arguments), guest_debug_info=debug_info)
+    with UninitializedSandbox(_environment(arguments), config) as uninitialized:
         elf = uninitialized.snapshot().elf
         uninitialized.register("HostPrint", _print_plainly, (str,), Int)
         uninitialized.register("HostAdd", lambda left, right: left + right, (Int, Int), Int)
@@ -3529,7 +3567,8 @@ def _gcc(flags: Sequence[str], guests: str, product: str, *, retried_if: str | N
     import subprocess
 
     try:
-        done = subprocess.run(["gcc", *flags], cwd=guests, stderr=subprocess.PIPE, check=False)
+        environment = {**os.environ, "LC_ALL": "C"}  # what gcc says is looked at
+        done = subprocess.run(["gcc", *flags], cwd=guests, stderr=subprocess.PIPE, env=environment, check=False)
     except FileNotFoundError as error:
         raise _CommandError(
             _Status.HOST_FAILED, "gcc is not installed, which compiles guests: apt install gcc"
@@ -3693,6 +3732,37 @@ examples:
             _option("arguments", metavar="ARG", nargs="...", help="see above"),
         ),
         _call,
+    ),
+    _Command(
+        "gdb",
+        "[options] GUEST [FUNCTION [ARG...]]",
+        "debug a guest",
+        """\
+Boot GUEST under a debugger, stopped at its first instruction, and call FUNCTION (Main, if none is
+named) once the debugger lets it go on. Prints the gdb command to paste; gdb finds the symbols by
+itself. ARGs are typed as for 'call'. Options come before GUEST.
+
+examples:
+  hyperlight gdb simpleguest Echo hello
+  hyperlight gdb --launch simpleguest Add 1 41
+  gdb -ex 'target remote | hyperlight gdb --stdio simpleguest Echo hello'
+  hyperlight gdb --listen unix:/tmp/guest.sock simpleguest Echo hello""",
+        (
+            *_RUN_OPTIONS,
+            _option(
+                "--listen",
+                metavar="ADDRESS",
+                default="127.0.0.1:0",
+                help="HOST:PORT or unix:PATH; by default a free port on this machine only. Whoever "
+                "connects owns the guest",
+            ),
+            _option("--stdio", action="store_true", help="speak to the debugger over standard input and output"),
+            _option("--launch", action="store_true", help="start gdb in this terminal"),
+            _GUEST,
+            _option("function", metavar="FUNCTION", nargs="?", default="Main", help="what to call"),
+            _option("arguments", metavar="ARG", nargs="...", help="its arguments"),
+        ),
+        _gdb,
     ),
     _Command(
         "inspect",

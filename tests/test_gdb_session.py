@@ -844,12 +844,12 @@ AGENT = [
     ("2310001727", 0x48),  # ref8
     ("2310001827", 0xC748),
     ("2310001927", 0x00C0C748),
-    ("23100f1a27", 0x90000000_03E8E589),
+    ("23100f1a27", 0x3_E8E58948),
     ("24aabbccdd27", 0xAABBCCDD),  # const32
     ("25010203040506070827", 0x0102030405060708),
     ("26000627", 0),  # reg 6 is rbp
-    ("2201200006220727" + "220927", 7),  # if_goto not to 6: falls on const8 7 either way
-    ("220020000822072722092727", 7),  # if_goto with 0 falls through
+    ("22012000072209220727", 7),  # if_goto 7, over the push of 9
+    ("2200200008220727220927", 7),  # if_goto with 0 falls through
     ("210006ffffff220927", 9),  # goto
     ("2205280227", 10),  # dup
     ("2205220629" + "27", 5),  # pop
@@ -1155,7 +1155,7 @@ class BreakpointsAndMemory(RuleBasedStateMachine):
         self.debugged.session.handle(b"c")
         self.debugged.session.resume()
         self.debugged.session.left()
-        self.program_is_untouched()
+        assert self.machine.memory[: len(CODE)] == self.code
         self.machine.memory[: len(CODE)] = self.code
         self.machine.registers.update(rip=BASE, rsp=STACK_TOP)
         self.debugged.session.interrupt()
