@@ -47,6 +47,7 @@ import struct
 import sys
 import threading
 import typing
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -56,23 +57,33 @@ from kvm_abi import Cap, Cr0, Cr4, Efer, KvmExit, Rflags
 from memory import (
     BASE_ADDRESS,
     PAGE_SIZE,
+    BoundsCheckFailed,
     Double,
+    ElfError,
     ErrorCode,
     Float,
+    GuestBinVersionMismatch,
     GuestElf,
     GuestLogLevel,
     HyperlightError,
     Int,
+    InvalidFlatBuffer,
     IoStackError,
     LayoutError,
     Long,
     MemoryRegionFlags,
+    MemoryRequestTooBig,
+    MemoryRequestTooSmall,
+    MmapFailed,
+    PageTableError,
     ParameterType,
     ReturnType,
     SandboxMemoryLayout,
     SharedMemory,
+    TranslationFault,
     UInt,
     ULong,
+    ValueRangeError,
 )
 
 if typing.TYPE_CHECKING:
@@ -81,6 +92,82 @@ if typing.TYPE_CHECKING:
     import gdb_rsp  # imported when a debugger is wanted
 
 __version__ = "0.14.0"
+
+__all__ = [
+    "TRACE",
+    "BoundsCheckFailed",
+    "Counter",
+    "DebugInfo",
+    "DebugServerError",
+    "Double",
+    "ElfError",
+    "EmulationFailure",
+    "EndedByDebugger",
+    "ErrorCode",
+    "ExecutionCanceledByHost",
+    "Float",
+    "GuestAborted",
+    "GuestBinVersionMismatch",
+    "GuestBinaryNotFound",
+    "GuestEnvironment",
+    "GuestError",
+    "GuestFailure",
+    "GuestFunctionCallAlreadyInProgress",
+    "HandleIoError",
+    "HostFunction",
+    "HostFunctionNotFound",
+    "HostFunctions",
+    "HyperlightError",
+    "HyperlightVmError",
+    "InitializeError",
+    "Int",
+    "InterruptHandle",
+    "InvalidFlatBuffer",
+    "InvalidPort",
+    "IoStackError",
+    "KvmError",
+    "LayoutError",
+    "Long",
+    "MapRegionError",
+    "MemoryAccessViolation",
+    "MemoryRegionFlags",
+    "MemoryRequestTooBig",
+    "MemoryRequestTooSmall",
+    "Metrics",
+    "MmapFailed",
+    "MmioReadUnmapped",
+    "MmioWriteUnmapped",
+    "MultiUseSandbox",
+    "NoHypervisorFound",
+    "PageTableError",
+    "ParameterType",
+    "ParameterValueConversionFailure",
+    "PoisonedSandbox",
+    "ReturnType",
+    "ReturnValueConversionFailure",
+    "SandboxClosed",
+    "SandboxConfiguration",
+    "SandboxMemoryLayout",
+    "SandboxStatus",
+    "SharedMemory",
+    "Snapshot",
+    "SnapshotHostFunctionMismatch",
+    "SnapshotMismatch",
+    "TranslationFault",
+    "UInt",
+    "ULong",
+    "UnexpectedNoOfArguments",
+    "UnexpectedVmExit",
+    "UninitializedSandbox",
+    "UnrecoverableSandbox",
+    "ValueRangeError",
+    "WireType",
+    "cpl0_is_emulated",
+    "find_guest",
+    "guest_log_level_from",
+    "is_hypervisor_present",
+    "metrics",
+]
 
 KVM_PATH = "/dev/kvm"
 TRACE = 5
@@ -1403,6 +1490,20 @@ class _MemoryLost(Exception):
     """Replacing a VM's memory failed half-way; the cause is chained."""
 
 
+class _Port(enum.IntEnum):
+    """What a guest says by an OUT (abi.md 8)."""
+
+    LOG = 99
+    CALL_FUNCTION = 101
+    ABORT = 102
+    DEBUG_PRINT = 103
+    TRACE_BATCH = 104
+    TRACE_MEMORY_ALLOC = 105
+    TRACE_MEMORY_FREE = 106
+    PV_TIMER_CONFIG = 107
+    HALT = 108
+
+
 class _Guest:
     """A guest in its VM. Not locked: the sandbox sees to it that one thread at a time is here."""
 
@@ -1421,28 +1522,25 @@ class _Guest:
         self._resets_fpu_for_guest = snapshot.elf.user_mode is None or not snapshot.elf.user_mode.resets_fpu
         self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
         self._files: dict[int, SharedMemory] = {}
-        self._ports: dict[int, Callable[[int], None]] = {
-            _Port.LOG: self._on_log,
-            _Port.CALL_FUNCTION: self._on_host_call,
-            _Port.ABORT: self._on_abort,
-            _Port.DEBUG_PRINT: self._on_debug_print,
-        }
         with contextlib.ExitStack() as undo:
             self._ram = _Ram(snapshot)
-            undo.callback(lambda: self._ram.close())
+            undo.callback(self._ram.close)
             self.physical = self._ram.physical_view()
             self.vm = _VirtualMachine(self._ram.slots(), snapshot.layout.pt_base_gpa)
             undo.callback(self.vm.close)
             if snapshot.is_initialized:
                 self._reset(snapshot)
-            undo.callback(self._close_files)
-            self._undo = undo.pop_all()
+            undo.pop_all()
         interrupt._attach(self.vm.page)
+        weakref.finalize(self, interrupt._detach).atexit = False
 
     def close(self) -> None:
-        """Release the VM, its memories and the regions mapped into it."""
+        """Release the VM, its memories and the files mapped into it."""
         self.interrupt._detach()
-        self._undo.close()
+        self.vm.close()
+        self._ram.close()
+        for mapping in self._files.values():
+            mapping.close()
 
     # -- entering ----------------------------------------------------------------------
 
@@ -1564,7 +1662,7 @@ class _Guest:
             self.interrupt._end()
 
     def _serve_until_halt(self) -> None:
-        vm, ports, debugger = self.vm, self._ports, self.debugger
+        vm, ports, debugger = self.vm, self._PORTS, self.debugger
         run, page, exit_reason = vm.vcpu.run, vm.page, vm.exit_reason
         while True:
             if interrupted := run():
@@ -1579,7 +1677,7 @@ class _Guest:
                     if port not in ports:
                         raise InvalidPort(port)
                     data = page[data_offset : data_offset + min(size * count, 4)]
-                    ports[port](int.from_bytes(data, "little"))
+                    ports[port](self, int.from_bytes(data, "little"))
                     if debugger is not None:
                         debugger.served_port()
                     continue
@@ -1685,6 +1783,13 @@ class _Guest:
             raise HandleIoError(f"Invalid character for debug print: {value}")
         sys.stderr.write(chr(value))
 
+    _PORTS: ClassVar[dict[int, Callable[[_Guest, int], None]]] = {
+        _Port.LOG: _on_log,
+        _Port.CALL_FUNCTION: _on_host_call,
+        _Port.ABORT: _on_abort,
+        _Port.DEBUG_PRINT: _on_debug_print,
+    }
+
     # -- mappings ----------------------------------------------------------------------
 
     def map_region(self, gpa: int, mapping: SharedMemory, flags: MemoryRegionFlags) -> None:
@@ -1721,9 +1826,6 @@ class _Guest:
         if gpa in self._files:
             self._files.pop(gpa).close()
 
-    def _close_files(self) -> None:
-        for mapping in self._files.values():
-            mapping.close()
 
     # -- snapshot and restore ----------------------------------------------------------
 
@@ -1815,20 +1917,6 @@ _FRAME_NAMES = (
 )
 _FRAME = struct.Struct(f"<{len(_FRAME_NAMES)}Q")
 _FRAME_REGISTERS_OFFSET = 0x220
-
-
-class _Port(enum.IntEnum):
-    """What a guest says by an OUT (abi.md 8)."""
-
-    LOG = 99
-    CALL_FUNCTION = 101
-    ABORT = 102
-    DEBUG_PRINT = 103
-    TRACE_BATCH = 104
-    TRACE_MEMORY_ALLOC = 105
-    TRACE_MEMORY_FREE = 106
-    PV_TIMER_CONFIG = 107
-    HALT = 108
 
 
 def _abort_of(stream: bytes) -> GuestAborted:
@@ -2001,11 +2089,12 @@ class _VirtualMachine:
             self._initial_xcrs = self.vcpu.get_xcrs()
             self.vcpu.set_sregs(_initial_sregs(cr3))
             kvm.close()
-            self._fds = undo.pop_all()
+            self._finalizer = weakref.finalize(self, undo.pop_all().close)
+            self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest
 
     def close(self) -> None:
-        """Close the vCPU and the VM."""
-        self._fds.close()
+        """Close the vCPU and the VM, as happens when the last reference goes."""
+        self._finalizer()
 
     # -- memory slots --
 
