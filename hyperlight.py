@@ -32,6 +32,7 @@ import bisect
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import enum
 import errno
 import functools
@@ -96,7 +97,10 @@ __version__ = "0.14.0"
 __all__ = [
     "TRACE",
     "BoundsCheckFailed",
+    "CoreDump",
+    "CoreSegment",
     "Counter",
+    "CrashDumpError",
     "DebugInfo",
     "DebugServerError",
     "Double",
@@ -163,6 +167,7 @@ __all__ = [
     "ValueRangeError",
     "WireType",
     "cpl0_is_emulated",
+    "dump_all_sandboxes",
     "find_guest",
     "guest_log_level_from",
     "is_hypervisor_present",
@@ -280,10 +285,13 @@ class GuestFailure(HyperlightError):
     """The guest's run ended badly and the sandbox is poisoned.
 
     ``registers`` holds the vCPU's general registers by name (``rip`` among them), or {} where they
-    could not be read.
+    could not be read. ``core_dump`` is the path of the core dump that was written for it, or None;
+    ``core_dump_failure`` is what went wrong where one should have been.
     """
 
     registers: Mapping[str, int] = {}
+    core_dump: str | None = None
+    core_dump_failure: Exception | None = None
 
 
 class ExecutionCanceledByHost(GuestFailure):
@@ -298,10 +306,12 @@ class GuestAborted(GuestFailure):
 
     ``code`` is an ``ErrorCode`` value (0..254), ``message`` the guest's text. For a CPU exception,
     ``vector``, ``instruction`` (gva), ``address`` (gva, of a page fault) and ``error_code`` are set
-    and ``registers`` are those of the interrupted code; otherwise they are None.
+    and ``registers`` are those of the interrupted code; otherwise they are None. ``frame`` (gva) is where
+    the guest saved those registers.
     """
 
     vector: int | None = None
+    frame: int | None = None
     instruction: int | None = None
     address: int | None = None
     error_code: int | None = None
@@ -426,6 +436,9 @@ class SandboxConfiguration:
     "debug", "trace" or 0 to 5; None asks ``RUST_LOG``.
     ``interrupt_vcpu_sigrtmin_offset``: the signal SIGRTMIN + offset wakes the vCPU's thread.
     ``guest_debug_info``: where a debugger can connect; None: nowhere.
+    ``guest_core_dump``: whether a failed run, other than a cancelled one, leaves a core dump; a path says yes,
+    and where to. None: only where ``$HYPERLIGHT_CORE_DUMP_DIR`` is set, because a host that runs many guests,
+    or guests that it does not trust, would fill its disk. False: ``generate_crashdump()`` writes nothing either.
 
     Raises ``LayoutError`` for a size that is not a whole number and ``HyperlightError`` for an
     option out of range. Whether the sizes fit together is checked when a sandbox is made.
@@ -440,6 +453,7 @@ class SandboxConfiguration:
     guest_log_level: int | str | None = None
     interrupt_vcpu_sigrtmin_offset: int = 0
     guest_debug_info: DebugInfo | None = None
+    guest_core_dump: bool | StrPath | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_data_size", "output_data_size", "heap_size", "scratch_size"):
@@ -885,6 +899,8 @@ class MultiUseSandbox:
                 self._disconnect()
                 self._guest.close()
                 raise
+        with _live_sandboxes_lock:
+            _live_sandboxes.add(self)
 
     @classmethod
     def from_snapshot(
@@ -904,6 +920,7 @@ class MultiUseSandbox:
 
     def _start(self, files: Sequence[_FileMapping]) -> None:
         """Bring the guest to where it takes calls."""
+        self._guest.core_dumps = self._config.guest_core_dump
         if self._config.guest_debug_info is not None:
             self._guest.vm.use_ioctls_for_registers()
             self._guest.debugger = _Debugger(self, self._guest, self._config.guest_debug_info)
@@ -1051,6 +1068,36 @@ class MultiUseSandbox:
                 self._guest.map_file(file)
             self._snapshot = None
             return file.size
+
+    # -- core dumps --------------------------------------------------------------------
+
+    def generate_crashdump(self) -> str | None:
+        """Write the guest's memory and registers as a core file for gdb and return its path.
+
+        None where the configuration switches core dumps off. Works on a poisoned sandbox too: after a CPU
+        exception the registers are the interrupted code's. A call in another thread is waited for. See
+        ``CoreDump.save`` for the directory. Raises ``CrashDumpError``.
+        """
+        return self._dump(None)
+
+    def generate_crashdump_to_dir(self, directory: StrPath) -> str | None:
+        """As ``generate_crashdump``, into *directory*."""
+        return self._dump(directory)
+
+    def _dump(self, directory: StrPath | None) -> str | None:
+        with self._exclusively(poisoned_too=True):
+            return self._guest.dump(directory)
+
+    def _dump_unless_busy(self, directory: StrPath | None) -> str | None:
+        if not self._try_acquire():
+            raise CrashDumpError("a thread is using it")
+        try:
+            if self._closed or self._status is SandboxStatus.UNRECOVERABLE:
+                return None
+            with _kvm_errors_in_tree():
+                return self._guest.dump(directory)
+        finally:
+            self._leave()
 
     # -- state -------------------------------------------------------------------------
 
@@ -1514,6 +1561,9 @@ class _Guest:
         self.debugger: _Debugger | None = None
         self.activity = "idle"
         """What the guest is doing, in words."""
+        self.core_dumps: bool | StrPath | None = None
+        """``SandboxConfiguration.guest_core_dump``."""
+        self._failure: GuestFailure | None = None  # that of the last run
         self._first = snapshot
         self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
@@ -1556,7 +1606,10 @@ class _Guest:
             self._run()
         except GuestFailure as failure:
             detail = failure.detail if isinstance(failure, HyperlightVmError) else str(failure)
-            raise InitializeError(detail) from failure
+            error = InitializeError(detail)
+            error.registers = failure.registers
+            error.core_dump, error.core_dump_failure = failure.core_dump, failure.core_dump_failure
+            raise error from failure
         finally:
             self._rest()
         halted = self.vm.registers()
@@ -1643,7 +1696,7 @@ class _Guest:
 
         Raises a ``GuestFailure`` for every other end, with the vCPU's registers in it.
         """
-        self.host_failure = None
+        self.host_failure = self._failure = None
         self.interrupt._begin()
         try:
             if self.debugger is not None:
@@ -1718,6 +1771,9 @@ class _Guest:
             self._explain_exception(failure)
             if self.host_failure is not None:
                 failure.__cause__ = self.host_failure
+        self._failure = failure
+        if _dumps_by_itself(self.core_dumps) and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
+            self._attach_core_dump(failure)
         if self.debugger is not None and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
             self.debugger.crashed(failure)
 
@@ -1729,11 +1785,60 @@ class _Guest:
         failure.instruction = int(match["rip"], 16)
         failure.address = int(match["cr2"], 16) if failure.vector == kvm_abi.Vector.PF else None
         failure.error_code = int(match["error_code"], 16)
+        failure.frame = int(match["frame"], 16)
         with contextlib.suppress(HyperlightError, kvm_abi.KvmError):
             cr3 = self.vm.vcpu.get_sregs().cr3
-            frame = int(match["frame"], 16) + _FRAME_REGISTERS_OFFSET
-            values = _FRAME.unpack(self.physical.read_virt(cr3, frame, _FRAME.size))
+            registers = failure.frame + _FRAME_REGISTERS_OFFSET
+            values = _FRAME.unpack(self.physical.read_virt(cr3, registers, _FRAME.size))
             failure.registers = dict(zip(_FRAME_NAMES, values, strict=True))
+
+    # -- core dumps (abi.md 14) --------------------------------------------------------
+
+    def dump(self, directory: StrPath | None) -> str | None:
+        """Write a core dump and return its path, or None where the configuration forbids it."""
+        if self.core_dumps is False:
+            return None
+        configured = None if isinstance(self.core_dumps, bool) else self.core_dumps
+        with contextlib.ExitStack() as undo:
+            if self.debugger is not None:
+                undo.enter_context(self.debugger.target.without_breakpoints())
+            return self.core_dump().save(directory or configured)
+
+    def core_dump(self) -> CoreDump:
+        """Return the guest as it is now or, after a CPU exception, as the exception found it."""
+        vcpu, elf = self.vm.vcpu, self.snapshot.elf
+        sregs = vcpu.get_sregs()
+        cr3 = sregs.cr3 if sregs.cr0 & Cr0.PG else self.snapshot.layout.pt_base_gpa  # a triple fault resets both
+        registers, fxsave = self.vm.registers() | _segment_registers(sregs), None
+        if isinstance(self._failure, GuestAborted) and self._failure.frame is not None:
+            with contextlib.suppress(HyperlightError):  # a wild frame: then as the vCPU stands
+                fxsave, selectors = self._saved_by_exception(cr3, self._failure.frame)
+                registers |= {**selectors, **self._failure.registers}
+        return CoreDump(
+            segments=_core_segments(self.physical, cr3),
+            registers=registers,
+            xsave=_core_xsave(bytes(vcpu.get_xsave()), vcpu.get_xcrs().xcrs[0].value, fxsave),
+            entry=BASE_ADDRESS + elf.entry,
+            path=elf.path,
+        )
+
+    def _saved_by_exception(self, cr3: int, frame: int) -> tuple[bytes, dict[str, int]]:
+        """Return the FXSAVE image and the data selectors of the code that an exception interrupted."""
+        data = self.physical.read_virt(cr3, frame, _FRAME_REGISTERS_OFFSET)
+        selectors = struct.unpack_from("<4Q", data)
+        return data[32:], {name: value & 0xFFFF for name, value in zip(_FRAME_SELECTORS, selectors, strict=True)}
+
+    def _attach_core_dump(self, failure: GuestFailure) -> None:
+        """Dump the guest for *failure*; what goes wrong with that is attached too, never raised."""
+        try:
+            failure.core_dump = self.dump(None)
+            note = f"core dump: {failure.core_dump}"
+        except Exception as error:  # whatever it is, the failure itself is what the user must see
+            failure.core_dump_failure = error
+            note = f"there is no core dump: {error}"
+            _logger.error("%s: %s", failure, note)
+        if sys.version_info >= (3, 11):
+            failure.add_note(note)
 
     # -- ports (abi.md 8) --------------------------------------------------------------
 
@@ -1869,6 +1974,7 @@ class _Guest:
     def _reset(self, snapshot: Snapshot) -> None:
         """Put the vCPU where *snapshot*, of an initialised guest, left it."""
         assert snapshot.sregs is not None
+        self._failure = None
         sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
         sregs.cr3 = snapshot.layout.pt_base_gpa
         self.vm.reset_vcpu(sregs)
@@ -1917,6 +2023,7 @@ _FRAME_NAMES = (
 )
 _FRAME = struct.Struct(f"<{len(_FRAME_NAMES)}Q")
 _FRAME_REGISTERS_OFFSET = 0x220
+_FRAME_SELECTORS = ("ds", "gs", "fs", "es")
 
 
 def _abort_of(stream: bytes) -> GuestAborted:
@@ -2274,6 +2381,263 @@ def cpl0_is_emulated() -> bool:
         undo.callback(vm.close)
         vm.load(vm.pack(rip=BASE_ADDRESS, rsp=0))
         return vm.vcpu.run() == 0 and vm.exit_reason[0] == KvmExit.INTERNAL_ERROR
+
+
+# ======================================================================================
+# Core dumps
+# ======================================================================================
+
+
+class CrashDumpError(HyperlightError):
+    """A core dump cannot be made; the message says why."""
+
+
+class CoreSegment(typing.NamedTuple):
+    """Guest-virtual memory: ``size`` bytes at ``gva``, which are at ``offset`` of ``mapping``."""
+
+    gva: int
+    size: int
+    flags: MemoryRegionFlags
+    mapping: SharedMemory
+    offset: int
+
+    def continues_in(self, other: CoreSegment) -> bool:
+        """Whether *other* begins where this one ends, with the same flags."""
+        return other == self._replace(gva=self.gva + self.size, offset=self.offset + self.size, size=other.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreDump:
+    """A guest at one moment, to be written as an ELF64 core file that gdb reads (abi.md 14).
+
+    ``registers`` are named as in ``REGISTERS``, those left out are 0; ``xsave`` is the XSAVE area, empty for
+    none; ``entry`` the gva of the ELF's entry point, from which gdb learns where the guest was loaded;
+    ``path`` the guest's file.
+    """
+
+    segments: Sequence[CoreSegment]
+    registers: Mapping[str, int]
+    xsave: bytes = b""
+    entry: int = 0
+    path: str | None = None
+
+    REGISTERS: ClassVar[tuple[str, ...]] = (
+        *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8"),
+        *("rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip", "cs", "rflags", "rsp", "ss"),
+        *("fs_base", "gs_base", "ds", "es", "fs", "gs"),
+    )
+    """In the order of NT_PRSTATUS."""
+
+    def save(self, directory: StrPath | None = None) -> str:
+        """Write ``hl_core_<local time>.elf`` and return its path; the file is there whole or not at all.
+
+        It goes into *directory*, else ``$HYPERLIGHT_CORE_DUMP_DIR``, else the system's temporary directory,
+        which also stands in, with a warning, for one that does not exist. Only its owner may read it. Raises
+        ``CrashDumpError``.
+        """
+        where = _core_dump_directory(directory)
+        try:
+            with _new_core_file(where) as (file, path):
+                self.write(file)
+        except OSError as error:
+            raise CrashDumpError(f"cannot write a core dump to {where}: {error.strerror}") from error
+        _logger.error("Core dump created successfully: %s", path)
+        return path
+
+    def write(self, file: typing.BinaryIO) -> None:
+        """Write to *file*, empty and open for writing; pages of zeros become holes.
+
+        Raises ``CrashDumpError`` where there is no memory to dump.
+        """
+        if not self.segments:
+            raise CrashDumpError("the guest has no memory to dump: its page tables lead nowhere")
+        notes = self._notes()
+        notes_offset = _EHDR.size + _PHDR.size * (1 + len(self.segments))
+        place = contents = memory.page_up(notes_offset + len(notes))
+        headers = [_PHDR.pack(_PT_NOTE, 0, notes_offset, 0, 0, len(notes), len(notes), 1)]
+        for segment in self.segments:
+            rights = sum(bit for flag, bit in _SEGMENT_RIGHTS if flag in segment.flags)
+            size = segment.size
+            headers.append(_PHDR.pack(_PT_LOAD, rights, place, segment.gva, 0, size, size, PAGE_SIZE))
+            place += size
+        file.write(_ehdr(len(headers)) + b"".join(headers) + notes)
+        self._write_contents(file, contents)
+        file.truncate(place)
+
+    def _write_contents(self, file: typing.BinaryIO, place: int) -> None:
+        for segment in self.segments:
+            for offset, size in segment.mapping.populated(segment.offset, segment.size):
+                file.seek(place + offset - segment.offset)
+                file.write(segment.mapping.read(offset, size))
+            place += segment.size
+
+    def _notes(self) -> bytes:
+        path = b"<unknown>" if self.path is None else os.fsencode(self.path)
+        registers = (self.registers.get(name, 0) for name in self.REGISTERS)
+        notes = [
+            _note(b"CORE", _NT_PRPSINFO, _PRPSINFO.pack(1, os.path.basename(path), path)),
+            _note(b"CORE", _NT_PRSTATUS, _PRSTATUS.pack(1, *registers, 1)),
+            _note(b"LINUX", _NT_X86_XSTATE, self.xsave) if self.xsave else b"",
+            _note(b"CORE", _NT_SIGINFO, bytes(128)),
+            _note(b"CORE", _NT_AUXV, _AUXV.pack(_AT_ENTRY, self.entry, _AT_NULL, 0)),
+        ]
+        return b"".join(notes)
+
+
+def dump_all_sandboxes(directory: StrPath | None = None) -> list[str]:
+    """Write a core dump of every sandbox of this process and return the paths.
+
+    A sandbox that is in use by a thread, or whose dump fails, is logged and left out: nothing is waited for.
+    """
+    with _live_sandboxes_lock:
+        sandboxes = list(_live_sandboxes)
+    paths = []
+    for sandbox in sandboxes:
+        try:
+            path = sandbox._dump_unless_busy(directory)
+        except HyperlightError as error:
+            _logger.warning("%r was not dumped: %s", sandbox, error)
+        else:
+            paths += [path] if path else []
+    return paths
+
+
+_live_sandboxes: weakref.WeakSet[MultiUseSandbox] = weakref.WeakSet()
+_live_sandboxes_lock = threading.Lock()
+
+_CORE_DUMP_DIR = "HYPERLIGHT_CORE_DUMP_DIR"
+_DUMPED_PAGES_PER_GUEST_PAGE = 4
+"""A guest can map a page as often as it likes; a dump holds at most this many times the guest's memory."""
+_MAX_CORE_SEGMENTS = 0xFFFD  # e_phnum: one for the notes, and 0xFFFF has another meaning
+
+_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
+_PHDR = struct.Struct("<IIQQQQQQ")
+_PRPSINFO = struct.Struct("<24xI12x16s80s")  # pid, name, command line (elf.h, linux/elfcore.h)
+_PRSTATUS = struct.Struct("<32xI76x27QI4x")  # pid, registers, whether there is FPU state
+_AUXV = struct.Struct("<4Q")
+_ET_CORE, _EM_X86_64, _PT_LOAD, _PT_NOTE, _AT_NULL, _AT_ENTRY = 4, 62, 1, 4, 0, 9
+_NT_PRSTATUS, _NT_PRPSINFO, _NT_AUXV, _NT_X86_XSTATE, _NT_SIGINFO = 1, 3, 6, 0x202, 0x53494749
+_SEGMENT_RIGHTS = ((MemoryRegionFlags.READ, 4), (MemoryRegionFlags.WRITE, 2), (MemoryRegionFlags.EXECUTE, 1))
+
+
+def _ehdr(header_count: int) -> bytes:
+    ident = b"\x7fELF\x02\x01\x01"  # 64 bits, little-endian, version 1
+    sizes = (_EHDR.size, _PHDR.size, header_count, 0, 0, 0)
+    return _EHDR.pack(ident, _ET_CORE, _EM_X86_64, 1, 0, _EHDR.size, 0, 0, *sizes)
+
+
+def _note(name: bytes, kind: int, content: bytes) -> bytes:
+    return struct.pack("<III8s", len(name) + 1, len(content), kind, name) + content
+
+
+# -- where to --
+
+
+def _core_dump_directory(wanted: StrPath | None) -> str:
+    """Return the first of *wanted*, ``$HYPERLIGHT_CORE_DUMP_DIR`` and the temporary directory."""
+    import tempfile  # it is seldom needed, and costs as much as half of this module
+
+    directory = os.fspath(wanted or os.environ.get(_CORE_DUMP_DIR) or tempfile.gettempdir())
+    if not os.path.isdir(directory):
+        _logger.warning("%s is no directory: core dumps go to %s", directory, tempfile.gettempdir())
+        return tempfile.gettempdir()
+    return directory
+
+
+def _dumps_by_itself(setting: bool | StrPath | None) -> bool:
+    """Whether a failed run is dumped: as *setting* says, or None where the environment names a directory."""
+    return bool(os.environ.get(_CORE_DUMP_DIR)) if setting is None else bool(setting)
+
+
+@contextlib.contextmanager
+def _new_core_file(directory: str) -> Iterator[tuple[typing.BinaryIO, str]]:
+    """Open a file that gets its name when all went well, and is removed again otherwise."""
+    now = datetime.datetime.now()
+    for step in itertools.count():  # a name that another dump took: the next millisecond's
+        moment = now + datetime.timedelta(milliseconds=step)
+        name = f"hl_core_{moment:%Y%m%d_T%H%M%S}.{moment.microsecond // 1000:03}.elf"
+        path = os.path.join(directory, name)
+        try:
+            fd = os.open(path + ".partial", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            continue
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.unlink, path + ".partial")
+            with open(fd, "wb") as file:
+                if os.path.lexists(path):
+                    continue
+                yield file, path
+            os.rename(path + ".partial", path)
+            undo.pop_all()
+            return
+
+
+# -- what of --
+
+
+def _core_segments(physical: memory.GuestMemory, cr3: int) -> list[CoreSegment]:
+    """Return what the page tables under *cr3* map of the guest's memory, by ascending gva.
+
+    Tables are a guest's word: what is too much, or makes no sense, ends the list with a warning.
+    """
+    segments: list[CoreSegment] = []
+    budget = _DUMPED_PAGES_PER_GUEST_PAGE * sum(region.size for region in physical.regions()) // PAGE_SIZE
+    try:
+        for leaf in physical.walk(cr3, skip_large_pages=True):
+            parts = list(_backed_parts(leaf, physical))
+            budget -= max(1, sum(part.page_count for part in parts))  # what leads nowhere costs time as well
+            if budget < 0 or len(segments) >= _MAX_CORE_SEGMENTS:
+                _logger.warning("the core dump ends at %#x: the guest maps its memory too often", leaf.gva)
+                break
+            for part in parts:
+                _append_segment(segments, part, physical)
+    except memory.PageTableError as error:
+        _logger.warning("the core dump is incomplete: %s", error)
+    return segments
+
+
+def _append_segment(segments: list[CoreSegment], part: memory.Leaf, physical: memory.GuestMemory) -> None:
+    """Add *part* to the last segment where it continues that, else as one more."""
+    resolved = physical.resolve(part.gpa)
+    assert resolved is not None  # _backed_parts sees to it
+    flags = MemoryRegionFlags.READ
+    if part.writable and not part.copy_on_write:
+        flags |= MemoryRegionFlags.WRITE
+    if part.executable:
+        flags |= MemoryRegionFlags.EXECUTE
+    added = CoreSegment(part.gva, part.page_count * PAGE_SIZE, flags, *resolved)
+    if segments and segments[-1].continues_in(added):
+        last = segments.pop()
+        added = last._replace(size=last.size + added.size)
+    segments.append(added)
+
+
+def _segment_registers(sregs: kvm_abi.kvm_sregs) -> dict[str, int]:
+    selectors = {name: getattr(sregs, name).selector for name in ("cs", "ss", "ds", "es", "fs", "gs")}
+    return {**selectors, "fs_base": sregs.fs.base, "gs_base": sregs.gs.base}
+
+
+_FXSAVE_SIZE = 416
+"""Bytes of an FXSAVE image that hold registers; the rest is reserved, or software's."""
+_XCR0_OFFSET = 464
+"""Where the kernel's own core files, and so gdb, have XCR0 in an XSAVE area (arch/x86/include/asm/user.h)."""
+_XSTATE_BV_OFFSET = 512
+_X87_AND_SSE = 0b11
+
+
+def _core_xsave(xsave: bytes, xcr0: int, fxsave: bytes | None) -> bytes:
+    """Return the XSAVE area for a dump: its XCR0 filled in, x87 and SSE taken from *fxsave* if given.
+
+    XCR0 names what the guest enabled and what is in use: a KVM may let a guest use more than it enabled.
+    """
+    area = bytearray(xsave)
+    (in_use,) = struct.unpack_from("<Q", area, _XSTATE_BV_OFFSET)
+    if fxsave is not None:
+        area[:_FXSAVE_SIZE] = fxsave[:_FXSAVE_SIZE]
+        in_use |= _X87_AND_SSE
+    struct.pack_into("<Q", area, _XSTATE_BV_OFFSET, in_use)
+    struct.pack_into("<Q", area, _XCR0_OFFSET, xcr0 | in_use | _X87_AND_SSE)
+    return bytes(area)
 
 
 # ======================================================================================
@@ -2755,6 +3119,20 @@ class _DebugTarget:
                 if place.read(at, 1) == _INT3:
                     place.write_u8(at, original)
 
+    @contextlib.contextmanager
+    def without_breakpoints(self) -> Iterator[None]:
+        """Take traps and breakpoints out of guest memory for a while; the breakpoints come back."""
+        self.lift_traps()
+        addresses = list(self._patches)
+        for address in addresses:
+            self._unpatch(address)
+        try:
+            yield
+        finally:
+            for address in addresses:
+                with contextlib.suppress(self._rsp.TargetError):  # the guest has unmapped it
+                    self._patch(address)
+
     def hardware_access(self) -> frozenset[gdb_rsp.Access]:
         """Return what debug registers can do: nothing where KVM does not report them (spec/kvm-hosts.md 2.7)."""
         return frozenset(self._rsp.Access) if self._reports_events else frozenset()
@@ -3170,6 +3548,8 @@ def _call_guest(
             raise _CommandError(_Status.INTERRUPTED, f"interrupted: the guest was stopped{place}") from None
         except GuestFailure as failure:
             headline, *details = str(failure).split("\n")
+            if failure.core_dump is not None:
+                details.append(f"core dump: {failure.core_dump}")
             place = _place(elf, _registers_of(failure))
             raise _CommandError(_Status.GUEST_FAILED, headline + place, *details) from failure
 
@@ -3770,6 +4150,12 @@ _RUN_OPTIONS = (
         "(what RUST_LOG says, or error)",
     ),
     _option("--timeout", type=_seconds, metavar="SECONDS", help="stop the guest after this long"),
+    _option(
+        "--core-dump",
+        dest="guest_core_dump",
+        metavar="DIR",
+        help="if the guest crashes, leave a core file for gdb there",
+    ),
 )
 
 _COMMANDS = (

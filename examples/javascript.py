@@ -72,8 +72,8 @@ CONVENTIONS = {  # by the version note; hyperlight-sandbox-backend-hyperlight-js
     "0.17.0": Convention(calls_by_name=False, carries_bytes=True),
 }
 
-SIZES = SandboxConfiguration(heap_size=4 << 20, scratch_size=4 << 20)
-"""Enough for scripts that hold some 3 MB; an event and a result have to fit 16 KiB each."""
+SIZES = SandboxConfiguration(0x10000, 0x10000, heap_size=4 << 20, scratch_size=4 << 20)
+"""Enough for scripts that hold some 3 MB; an event and a result have to fit 64 KiB each."""
 
 _EVALUATOR = "hyperlight.evaluate"
 _EVALUATOR_SOURCE = """

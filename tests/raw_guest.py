@@ -55,10 +55,10 @@ dispatch:
 """
 
 
-def assemble(directory: Path, code: str, name: str = "raw") -> Path:
-    """Return the guest whose dispatch function is *code*; it needs gcc."""
-    source, guest = directory / f"{name}.S", directory / name
-    source.write_text(_SOURCE + code + "\n")
+def assemble(directory: Path, code: str, *, at_entry: str = "") -> Path:
+    """Return the guest whose dispatch function is *code*, and that runs *at_entry* first of all; it needs gcc."""
+    source, guest = directory / "raw.S", directory / "raw"
+    source.write_text(_SOURCE.replace("entrypoint:\n", f"entrypoint:\n{at_entry}\n") + code + "\n")
     options = ("-nostdlib", "-static-pie", "-Wl,--no-dynamic-linker", "-Wl,--build-id=none", "-Wl,-e,entrypoint")
     subprocess.run(["gcc", *options, "-o", guest, source], check=True)
     return guest
