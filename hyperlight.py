@@ -50,7 +50,7 @@ import threading
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import kvm_abi
 import memory
@@ -1678,12 +1678,23 @@ class _Guest:
     def _set_entry(self, rip: int, rsp: int, *, flush: bool = False) -> None:
         """Prepare the registers of the calls to come; the first may have to flush the TLB (abi.md 6.4)."""
         self._entry, self._stack_top = rip, rsp
-        self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
-        self._entry_registers = (
-            _VirtualMachine.pack(rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | Rflags.ZF)
-            if flush
-            else self._next_entry_registers
-        )
+        self._entry_registers = self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
+        if flush:
+            self._entry_registers = _VirtualMachine.pack(
+                rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | Rflags.ZF, rdi=self._request_seed()
+            )
+
+    def _request_seed(self) -> int:
+        """Have a restored guest seed its random numbers anew, where it can; return rdi for the next call.
+
+        Otherwise all sandboxes of one snapshot would draw the same numbers. Guests of 0.17 look for the
+        request near the end of scratch (guest-versions.md 5), those of this SDK in rdi.
+        """
+        request = 1 << 32 | int.from_bytes(os.urandom(4), "little")
+        elf = self.snapshot.elf
+        if elf.version == "0.17.0":
+            self._ram.scratch.write_u64(self._ram.scratch.size - memory.SCRATCH_TOP_RNG_SEED, request)
+        return request if elf.user_mode is not None and elf.user_mode.takes_seed else 0
 
     def _drain(self) -> None:
         self._ram.output.drain()
@@ -2184,10 +2195,10 @@ class _VirtualMachine:
         self._free_slots: list[int] = []
         with contextlib.ExitStack() as undo:
             kvm = undo.enter_context(_open_kvm())
-            self._vm = undo.enter_context(kvm.create_vm())
+            self._vm = undo.enter_context(_uninterrupted(kvm.create_vm))
             for slot in slots:
                 self.map(*slot)
-            self.vcpu = undo.enter_context(self._vm.create_vcpu(0))
+            self.vcpu = undo.enter_context(_uninterrupted(lambda: self._vm.create_vcpu(0)))
             self.vcpu.set_cpuid2(_guest_cpuid())
             self._syncs_registers = bool(kvm.check_extension(Cap.SYNC_REGS) & kvm_abi.SyncRegs.REGS)
             self.page = self.vcpu.page
@@ -2276,6 +2287,19 @@ _DIRTY_REGS = kvm_abi.kvm_run.kvm_dirty_regs.offset
 _SYNC_REGS = kvm_abi.kvm_run.s.offset
 
 _INITIAL_FPU = kvm_abi.kvm_fpu(fcw=0x37F, mxcsr=0x1F80)
+
+
+def _uninterrupted(create: Callable[[], _Made]) -> _Made:
+    """Call *create* again for as long as a signal, such as one meant for a guest, interrupts it."""
+    while True:
+        try:
+            return create()
+        except kvm_abi.KvmError as error:
+            if error.errno != errno.EINTR:
+                raise
+
+
+_Made = TypeVar("_Made")
 
 
 def _initial_xsave() -> kvm_abi.kvm_xsave:

@@ -520,8 +520,8 @@ class SharedMemory:
         """Map part of a file; the caller may close `fd` afterwards.
 
         `offset` is a multiple of PAGE_SIZE. A private mapping never changes the file. Bytes of the
-        last page beyond the end of the file read as zero. Nobody may shorten the file while it is
-        mapped: the kernel would kill the process at the next access (a sealed memfd cannot be).
+        last page beyond the end of the file read as zero. Nobody may shorten the file while it is mapped
+        writable: the kernel would kill the process at the next access (a sealed memfd cannot be).
 
         Raises:
             LayoutError: the size or offset is not page aligned, or the file ends before the range.
@@ -564,11 +564,16 @@ class SharedMemory:
     def read(self, offset: int, size: int) -> bytes:
         """Return a copy of `size` bytes at `offset`.
 
+        A read-only mapping of a file is read through the file: were that cut short meanwhile, touching
+        the mapping would kill the process. What is missing reads as zero.
+
         Raises:
             BoundsCheckFailed: a byte of the range is outside the memory.
         """
         if offset < 0 or size < 0 or offset + size > self._limit:
             self._refuse(offset, size)
+        if not self._writable and self._file is not None:
+            return os.pread(self._file.fd, size, self._file_offset + offset).ljust(size, b"\0")
         return bytes(self._view[offset : offset + size])
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -601,7 +606,7 @@ class SharedMemory:
             self._refuse(offset, size, writing=True)
         if source_offset < 0 or source_offset + size > source._limit:
             source._refuse(source_offset, size)
-        self._view[offset : offset + size] = source._view[source_offset : source_offset + size]
+        self._view[offset : offset + size] = source.read(source_offset, size)
 
     def read_u8(self, offset: int) -> int:
         """Return the byte at `offset`."""
@@ -619,6 +624,8 @@ class SharedMemory:
         """Return the little-endian u64 at `offset`, aligned or not."""
         if offset < 0 or offset + 8 > self._limit:  # spelled out: on the path of every guest call
             self._refuse(offset, 8)
+        if not self._writable:
+            return int.from_bytes(self.read(offset, 8), "little")
         value: int = _U64.unpack_from(self._view, offset)[0]
         return value
 
@@ -778,6 +785,8 @@ class SharedMemory:
     def _read_scalar(self, codec: struct.Struct, offset: int) -> int:
         if offset < 0 or offset + codec.size > self._limit:
             self._refuse(offset, codec.size)
+        if not self._writable:
+            return int.from_bytes(self.read(offset, codec.size), "little")
         value: int = codec.unpack_from(self._view, offset)[0]
         return value
 
@@ -1726,7 +1735,7 @@ _PRIVILEGE_SECTION, _PRIVILEGE_NOTE_TYPE = ".note.hyperlight-privilege", 2
 _NOTE_HEADER = struct.Struct("<III")
 _PRIVILEGE = struct.Struct("<IIQQ")
 _PRIVILEGE_FORMAT = 1
-_PRIVILEGE_USER_MODE, _PRIVILEGE_RESETS_FPU = 1, 2
+_PRIVILEGE_FLAGS = ("user_mode", "resets_fpu", "takes_seed")  # by bit
 
 
 class Segment(NamedTuple):
@@ -1751,11 +1760,13 @@ class PrivilegeNote(NamedTuple):
     """A guest's wish to run its own code at CPL 3.
 
     The pages [kernel_offset, kernel_offset + kernel_size) of the image, in bytes, stay supervisor
-    pages. `resets_fpu` tells that the guest resets its own FPU.
+    pages. `resets_fpu` tells that the guest resets its own FPU at each call, `takes_seed` that it reads
+    a request to seed its random numbers out of RDI at each call: bit 32 set, and the seed below.
     """
 
     user_mode: bool
     resets_fpu: bool
+    takes_seed: bool
     kernel_offset: int
     kernel_size: int
 
@@ -2038,12 +2049,12 @@ def _read_privilege(sections: Iterable[_Section], data: bytes, code_size: int) -
     if len(content) != _PRIVILEGE.size:
         raise ElfError(f"privilege note of {len(content)} bytes, not {_PRIVILEGE.size}")
     version, flags, offset, size = _PRIVILEGE.unpack(content)
-    if version != _PRIVILEGE_FORMAT or flags & ~(_PRIVILEGE_USER_MODE | _PRIVILEGE_RESETS_FPU):
+    if version != _PRIVILEGE_FORMAT or flags >> len(_PRIVILEGE_FLAGS):
         raise ElfError(f"privilege note of format {version}, flags {flags:#x}: use a newer hyperlight")
     if offset % PAGE_SIZE or size % PAGE_SIZE or offset + size > page_up(code_size):
         raise ElfError(f"privilege note: kernel range {offset:#x}+{size:#x} is not whole pages of the image")
-    user_mode, resets_fpu = bool(flags & _PRIVILEGE_USER_MODE), bool(flags & _PRIVILEGE_RESETS_FPU)
-    return PrivilegeNote(user_mode, resets_fpu, offset, size)
+    named = {name: bool(flags >> bit & 1) for bit, name in enumerate(_PRIVILEGE_FLAGS)}
+    return PrivilegeNote(**named, kernel_offset=offset, kernel_size=size)
 
 
 def _find_note(sections: Iterable[_Section], data: bytes, section_name: str, note_type: int) -> bytes | None:

@@ -21,7 +21,7 @@ says which of four calling conventions it has. It runs code at CPL 0 that uses S
 hardware virtualisation; elsewhere ``InitializeError`` says so.
 
 What this is not: a browser or Node. There are no timers, no fetch and no files; ``import`` finds the modules given to
-``JavaScript``, and the guest's own console, crypto, io and require. Host functions return at once or raise: no promises.
+``JavaScript``, and the guest's own console, crypto, io and require.
 
 Sources: spec/guest-programs.md, section 1.
 """
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import struct
 import sys
 import time
@@ -119,7 +118,8 @@ class JavaScript:
     def register(self, name: str, source: str) -> None:
         """Compile the ES module *source*, which exports a function ``handler``, under *name*.
 
-        Replaces the handler that had the name. Raises ``GuestError`` where it does not compile.
+        The export has to begin a line: the guest looks for it there, and adds one where it sees none. Replaces the
+        handler that had the name. Raises ``GuestError`` where it does not compile.
         """
         self.sandbox.call("register_handler", name, source, "", returns=None)
 
@@ -198,7 +198,7 @@ def _write_to_stdout(text: str) -> None:
 
 # -- bytes beside JSON (guest-programs.md 1.4) -------------------------------------------------
 #
-# JSON holds {"__bin__": k} where the k-th blob of the sidecar belongs: u32 count, then for each blob u32 size and bytes.
+# JSON holds {"__bin__": k} where blob k of the sidecar belongs: u32 count, then for each blob u32 size and bytes.
 
 _U32 = struct.Struct("<I")
 _JSON_ONLY, _JSON_WITH_SIDECAR = b"\x00", b"\x02"
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code = sys.stdin.read() if arguments.code == "-" else arguments.code
-        with JavaScript(_guest(arguments), {"host": {"add": lambda a, b: a + b, "getenv": os.environ.get}}) as js:
+        with JavaScript(_guest(arguments), {"host": {"add": lambda a, b: a + b}}) as js:
             if arguments.event is None:
                 value = js.evaluate(code)
             else:
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="javascript",
-        description="Evaluate JavaScript in a micro-VM. Modules may import add and getenv of this process from 'host'.",
+        description="Evaluate JavaScript in a micro-VM. import('host') has the function add of this process.",
     )
     parser.add_argument("code", help="JavaScript, or - to read it from standard input")
     parser.add_argument("--event", metavar="JSON", help="take CODE as a module: call its handler with this event")

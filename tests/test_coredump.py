@@ -224,7 +224,7 @@ def test_a_file_that_cannot_be_finished_is_not_left_behind(tmp_path: Path, one_p
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_is_a_clear_error(one_page: CoreSegment, tmp_path: Path) -> None:
+def test_a_name_that_the_system_refuses_is_a_clear_error(one_page: CoreSegment, tmp_path: Path) -> None:
     """C/4: what a dump cannot do is an error of its own; here the name cannot even be made."""
     blocked = tmp_path / ("d" * 200)
     blocked.mkdir()

@@ -214,7 +214,7 @@ def privilege(version: int, flags: int, offset: int, size: int) -> bytes:
 
 def test_privilege_note_is_read() -> None:
     note = GuestElf.parse(privilege(1, 3, PAGE_SIZE, 2 * PAGE_SIZE)).user_mode
-    assert note == PrivilegeNote(True, True, PAGE_SIZE, 2 * PAGE_SIZE)
+    assert note == PrivilegeNote(True, True, False, PAGE_SIZE, 2 * PAGE_SIZE)
     assert GuestElf.parse(simple()).user_mode is None
 
 
@@ -222,7 +222,7 @@ def test_privilege_note_is_read() -> None:
     "fields",
     [
         (2, 1, 0, 0),
-        (1, 4, 0, 0),
+        (1, 8, 0, 0),
         (1, 1, 1, 0),
         (1, 1, 0, 100),
         (1, 1, PAGE_SIZE, 3 * PAGE_SIZE),

@@ -644,7 +644,7 @@ def test_user_mode_leaves_kernel_pages_and_page_tables_to_the_supervisor() -> No
     layout = SandboxMemoryLayout(
         code_size=0x7800, init_data_size=1, input_data_size=0x2001, output_data_size=0x2001
     )
-    note = PrivilegeNote(True, False, 2 * PAGE_SIZE, 3 * PAGE_SIZE)
+    note = PrivilegeNote(True, False, False, 2 * PAGE_SIZE, 3 * PAGE_SIZE)
     content = build_page_tables(layout, image_leaves(layout, note), user_io=True)
     tables = Tables(content, layout.pt_base_gpa)
     base = layout.scratch_base_gva
@@ -661,7 +661,7 @@ def test_user_mode_leaves_kernel_pages_and_page_tables_to_the_supervisor() -> No
     assert tables.entries[0] & 0xFFF == tables.entries[511] & 0xFFF == 0x27
 
 
-@pytest.mark.parametrize("note", [None, PrivilegeNote(False, True, 0, PAGE_SIZE)])
+@pytest.mark.parametrize("note", [None, PrivilegeNote(False, True, False, 0, PAGE_SIZE)])
 def test_without_user_mode_no_entry_has_the_user_bit(note: PrivilegeNote | None) -> None:
     layout = SandboxMemoryLayout(code_size=0x7800)
     content = build_page_tables(layout, image_leaves(layout, note))
@@ -673,5 +673,5 @@ def test_without_user_mode_no_entry_has_the_user_bit(note: PrivilegeNote | None)
 )
 def test_kernel_range_at_the_borders_of_the_image(offset: int, size: int, users: list[bool]) -> None:
     layout = SandboxMemoryLayout(code_size=0x2000)
-    leaves = image_leaves(layout, PrivilegeNote(True, False, offset * PAGE_SIZE, size * PAGE_SIZE))
+    leaves = image_leaves(layout, PrivilegeNote(True, False, False, offset * PAGE_SIZE, size * PAGE_SIZE))
     assert [leaf.user for leaf in leaves if leaf.gva < layout.peb_gpa] == users
