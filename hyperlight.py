@@ -44,6 +44,7 @@ import operator
 import os
 import re
 import signal
+import stat
 import struct
 import sys
 import threading
@@ -520,7 +521,7 @@ def find_guest(guest: StrPath) -> str:
     Raises ``GuestBinaryNotFound`` where it is neither.
     """
     path = os.fspath(guest)
-    if not os.path.exists(path) and os.sep not in path:
+    if "\0" not in path and not os.path.exists(path) and os.sep not in path:
         for directory in _PREBUILT_GUESTS:
             if os.path.isfile(prebuilt := os.path.join(directory, path)):
                 return prebuilt
@@ -540,10 +541,28 @@ def _read_guest(guest: StrPath | bytes) -> GuestElf:
     path = find_guest(guest)
     try:
         path = os.path.realpath(path, strict=True)
-        with open(path, "rb") as file:
-            return GuestElf.parse(file.read(), path=path)
+        data = _read_regular_file(path)
     except OSError as error:
         raise GuestBinaryNotFound(error.errno, error.strerror, path) from error
+    except ValueError as error:  # a NUL in the path
+        raise GuestBinaryNotFound(errno.EINVAL, str(error), path) from error
+    return GuestElf.parse(data, path=path)
+
+
+def _read_regular_file(path: str) -> bytes:
+    """Return the bytes of the file at *path*; a device or a pipe might have no end."""
+    with _open_regular_file(path) as file:
+        return file.read()
+
+
+def _open_regular_file(path: StrPath) -> io.BufferedReader:
+    """Open the file at *path*. Raises only ``OSError``, also for a path that cannot be one."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return open(path, "rb")
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error)) from error
 
 
 # ======================================================================================
@@ -1257,7 +1276,7 @@ class _FileMapping:
             raise MapRegionError(f"a label has at most {self.MAX_LABEL_SIZE} bytes and no NUL: {label!r}")
         self.gpa = gpa
         try:
-            with open(path, "rb") as file:
+            with _open_regular_file(path) as file:
                 file_size = os.fstat(file.fileno()).st_size
                 if file_size == 0:
                     raise MapRegionError(f"{os.fspath(path)} is empty: there is nothing to map")
@@ -1563,7 +1582,8 @@ class _Guest:
         """What the guest is doing, in words."""
         self.core_dumps: bool | StrPath | None = None
         """``SandboxConfiguration.guest_core_dump``."""
-        self._failure: GuestFailure | None = None  # that of the last run
+        self._fault: tuple[int, Mapping[str, int]] | None = None
+        """Where the guest saved what the last exception interrupted (gva), and those registers."""
         self._first = snapshot
         self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
@@ -1707,7 +1727,7 @@ class _Guest:
 
         Raises a ``GuestFailure`` for every other end, with the vCPU's registers in it.
         """
-        self.host_failure = self._failure = None
+        self.host_failure = self._fault = None
         self.interrupt._begin()
         try:
             if self.debugger is not None:
@@ -1782,7 +1802,8 @@ class _Guest:
             self._explain_exception(failure)
             if self.host_failure is not None:
                 failure.__cause__ = self.host_failure
-        self._failure = failure
+        if isinstance(failure, GuestAborted) and failure.frame is not None:
+            self._fault = failure.frame, failure.registers  # not the failure: its traceback leads back here
         if _dumps_by_itself(self.core_dumps) and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
             self._attach_core_dump(failure)
         if self.debugger is not None and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
@@ -1821,10 +1842,11 @@ class _Guest:
         sregs = vcpu.get_sregs()
         cr3 = sregs.cr3 if sregs.cr0 & Cr0.PG else self.snapshot.layout.pt_base_gpa  # a triple fault resets both
         registers, fxsave = self.vm.registers() | _segment_registers(sregs), None
-        if isinstance(self._failure, GuestAborted) and self._failure.frame is not None:
+        if self._fault is not None:
+            frame, interrupted = self._fault
             with contextlib.suppress(HyperlightError):  # a wild frame: then as the vCPU stands
-                fxsave, selectors = self._saved_by_exception(cr3, self._failure.frame)
-                registers |= {**selectors, **self._failure.registers}
+                fxsave, selectors = self._saved_by_exception(cr3, frame)
+                registers |= {**selectors, **interrupted}
         return CoreDump(
             segments=_core_segments(self.physical, cr3),
             registers=registers,
@@ -1985,7 +2007,7 @@ class _Guest:
     def _reset(self, snapshot: Snapshot) -> None:
         """Put the vCPU where *snapshot*, of an initialised guest, left it."""
         assert snapshot.sregs is not None
-        self._failure = None
+        self._fault = None
         sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
         sregs.cr3 = snapshot.layout.pt_base_gpa
         self.vm.reset_vcpu(sregs)
