@@ -48,6 +48,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ __all__ = [
     "GuestFailure",
     "GuestFunctionCallAlreadyInProgress",
     "HandleIoError",
+    "Histogram",
     "HostFunction",
     "HostFunctionNotFound",
     "HostFunctions",
@@ -135,6 +137,8 @@ __all__ = [
     "Long",
     "MapRegionError",
     "MemoryAccessViolation",
+    "MemoryEvent",
+    "MemoryProfile",
     "MemoryRegionFlags",
     "MemoryRequestTooBig",
     "MemoryRequestTooSmall",
@@ -144,6 +148,7 @@ __all__ = [
     "MmioWriteUnmapped",
     "MultiUseSandbox",
     "NoHypervisorFound",
+    "Observation",
     "PageTableError",
     "ParameterType",
     "ParameterValueConversionFailure",
@@ -158,6 +163,8 @@ __all__ = [
     "Snapshot",
     "SnapshotHostFunctionMismatch",
     "SnapshotMismatch",
+    "TraceRecord",
+    "TraceRecorder",
     "TranslationFault",
     "UInt",
     "ULong",
@@ -440,6 +447,9 @@ class SandboxConfiguration:
     ``guest_core_dump``: whether a failed run, other than a cancelled one, leaves a core dump; a path says yes,
     and where to. None: only where ``$HYPERLIGHT_CORE_DUMP_DIR`` is set, because a host that runs many guests,
     or guests that it does not trust, would fill its disk. False: ``generate_crashdump()`` writes nothing either.
+    ``trace``: called with a ``TraceRecord`` for each call, host call and exit, and for what a guest with tracing
+    built in reports at log level "trace"; a ``TraceRecorder`` makes a file of them. ``memory_profile``: called with a
+    ``MemoryEvent`` for each allocation that a guest built for it reports; a ``MemoryProfile`` adds them up.
 
     Raises ``LayoutError`` for a size that is not a whole number and ``HyperlightError`` for an
     option out of range. Whether the sizes fit together is checked when a sandbox is made.
@@ -455,6 +465,8 @@ class SandboxConfiguration:
     interrupt_vcpu_sigrtmin_offset: int = 0
     guest_debug_info: DebugInfo | None = None
     guest_core_dump: bool | StrPath | None = None
+    trace: Callable[[TraceRecord], None] | None = None
+    memory_profile: Callable[[MemoryEvent], None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("input_data_size", "output_data_size", "heap_size", "scratch_size"):
@@ -940,6 +952,7 @@ class MultiUseSandbox:
     def _start(self, files: Sequence[_FileMapping]) -> None:
         """Bring the guest to where it takes calls."""
         self._guest.core_dumps = self._config.guest_core_dump
+        self._guest.observe(self._config.trace, self._config.memory_profile)
         if self._config.guest_debug_info is not None:
             self._guest.vm.use_ioctls_for_registers()
             self._guest.debugger = _Debugger(self, self._guest, self._config.guest_debug_info)
@@ -1584,6 +1597,9 @@ class _Guest:
         """``SandboxConfiguration.guest_core_dump``."""
         self._fault: tuple[int, Mapping[str, int]] | None = None
         """Where the guest saved what the last exception interrupted (gva), and those registers."""
+        self._tracer: _Tracer | None = None
+        self._memory_profile: Callable[[MemoryEvent], None] | None = None
+        self._ports = self._PORTS
         self._first = snapshot
         self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
@@ -1611,6 +1627,17 @@ class _Guest:
         self._ram.close()
         for mapping in self._files.values():
             mapping.close()
+
+    def observe(
+        self, trace: Callable[[TraceRecord], None] | None, memory_profile: Callable[[MemoryEvent], None] | None
+    ) -> None:
+        """Tell those who asked what the guest does, and let it use the ports for that."""
+        if trace is not None:
+            self._tracer = _Tracer(trace, self.vm.vcpu)
+            self._ports = {**self._ports, **self._TRACING_PORTS}
+        if memory_profile is not None:
+            self._memory_profile = memory_profile
+            self._ports = {**self._ports, **self._PROFILING_PORTS}
 
     # -- entering ----------------------------------------------------------------------
 
@@ -1664,6 +1691,7 @@ class _Guest:
         self.activity = name
         if self.debugger is not None:
             self._begin_again = functools.partial(self._begin_call, message)
+        begin = time.perf_counter_ns() if metrics.durations else 0
         try:
             self._run()
             return self._ram.output.pop()
@@ -1674,6 +1702,8 @@ class _Guest:
             self._abort_bytes.clear()
             self._entry_registers = self._next_entry_registers
             self._rest()
+            if begin:
+                metrics.guest_call_duration.observe((time.perf_counter_ns() - begin) / 1e9, function_name=name)
 
     def _begin_call(self, message: bytes) -> None:
         self._ram.input.push(message)
@@ -1732,6 +1762,8 @@ class _Guest:
         try:
             if self.debugger is not None:
                 self.debugger.entered()
+            if self._tracer is not None:
+                self._tracer.entered()
             self._serve_until_halt()
         except GuestFailure as failure:
             self._explain(failure)
@@ -1741,13 +1773,17 @@ class _Guest:
             self._explain(refusal)
             raise refusal from error
         finally:
+            if self._tracer is not None:
+                self._tracer.left(self.activity)
             if self.debugger is not None:
                 self.debugger.left()
             self.interrupt._end()
 
     def _serve_until_halt(self) -> None:
-        vm, ports, debugger = self.vm, self._PORTS, self.debugger
+        vm, ports, debugger = self.vm, self._ports, self.debugger
         run, page, exit_reason = vm.vcpu.run, vm.page, vm.exit_reason
+        if (tracer := self._tracer) is not None:
+            run = lambda: tracer.run(self.physical)  # noqa: E731
         while True:
             if interrupted := run():
                 self._on_interruption(interrupted)
@@ -1898,13 +1934,34 @@ class _Guest:
         try:
             if (function := self.functions.get(call.name)) is None:
                 raise HostFunctionNotFound(call.name)
-            return function.call(call.parameters, call.return_type)
+            if not metrics.durations and self._tracer is None:
+                return function.call(call.parameters, call.return_type)
+            begin = time.perf_counter_ns()
+            try:
+                return function.call(call.parameters, call.return_type)
+            finally:
+                self._report_host_call(call.name, begin)
         except Exception as error:
             self.host_failure = error
             text = (str(error) or type(error).__name__)[:_MAX_ERROR_TEXT]
             return memory.encode_guest_error(
                 ErrorCode.HostFunctionError, text.encode("utf-8", "replace").decode()
             )
+
+    def _report_host_call(self, name: str, begin_ns: int) -> None:
+        """Count and trace a host call that ends now."""
+        if metrics.durations:
+            metrics.host_call_duration.observe((time.perf_counter_ns() - begin_ns) / 1e9, function_name=name)
+        if self._tracer is not None:
+            self._tracer.record("call-to-host", name, begin_ns)
+
+    def _on_memory_event(self, kind: Literal["alloc", "free"]) -> None:
+        """Take the size in RAX and the address in RCX (abi.md 15.2)."""
+        registers, layout = self.vm.registers(), self.snapshot.layout
+        code = range(BASE_ADDRESS, BASE_ADDRESS + layout.code_size)
+        stack = _call_stack(self.physical, self.vm.vcpu.get_sregs().cr3, registers, code)
+        assert self._memory_profile is not None  # or the ports would not be there
+        _call_observer(self._memory_profile, MemoryEvent(kind, registers["rcx"], registers["rax"], stack))
 
     def _on_abort(self, value: int) -> None:
         """Collect up to three bytes of ``code [exception] message 0xFF`` (abi.md 8.2)."""
@@ -1926,6 +1983,13 @@ class _Guest:
         _Port.CALL_FUNCTION: _on_host_call,
         _Port.ABORT: _on_abort,
         _Port.DEBUG_PRINT: _on_debug_print,
+    }
+    _TRACING_PORTS: ClassVar[dict[int, Callable[[_Guest, int], None]]] = {
+        _Port.TRACE_BATCH: lambda _guest, _value: None,  # what it says is in registers, as at any exit
+    }
+    _PROFILING_PORTS: ClassVar[dict[int, Callable[[_Guest, int], None]]] = {
+        _Port.TRACE_MEMORY_ALLOC: lambda guest, _value: guest._on_memory_event("alloc"),
+        _Port.TRACE_MEMORY_FREE: lambda guest, _value: guest._on_memory_event("free"),
     }
 
     # -- mappings ----------------------------------------------------------------------
@@ -2166,38 +2230,501 @@ def _contents(
 # ======================================================================================
 
 
-class Counter:
-    """A count that only grows, one for each combination of label values."""
+class Observation(typing.NamedTuple):
+    """One change of a metric, as ``Metrics.subscribe`` hands it on."""
 
-    def __init__(self, name: str, help_text: str) -> None:
+    metric: str
+    kind: Literal["counter", "histogram"]
+    value: float
+    """What a counter grows by; seconds."""
+    labels: Mapping[str, str]
+
+
+class _Metric:
+    """A metric with a series for each combination of label values; any thread may use it.
+
+    Label values come from guests and callers: beyond ``MAX_SERIES`` combinations all others count as
+    ``OTHER``, and what is longer than ``MAX_LABEL`` characters is cut.
+    """
+
+    kind: ClassVar[Literal["counter", "histogram"]]
+    MAX_SERIES: ClassVar[int] = 256
+    MAX_LABEL: ClassVar[int] = 128
+    OTHER: ClassVar[str] = "<other>"
+
+    def __init__(
+        self, name: str, help_text: str, labels: tuple[str, ...], emit: Callable[[Observation], None]
+    ) -> None:
         self.name = name
         self.help_text = help_text
+        self.labels = labels
+        self._emit = emit
         self._lock = threading.Lock()
-        self._values: dict[tuple[tuple[str, str], ...], int] = {}
+        self._series: dict[tuple[str, ...], list[float]] = {} if labels else {(): self._new_series()}
+
+    def render(self) -> Iterator[str]:
+        """Yield the lines of Prometheus' text format."""
+        yield f"# HELP {self.name} {_escape_help(self.help_text)}"
+        yield f"# TYPE {self.name} {self.kind}"
+        with self._lock:
+            snapshot = {key: list(series) for key, series in self._series.items()}
+        for key, series in snapshot.items():
+            yield from self._render_series([*zip(self.labels, key, strict=True)], series)
+
+    def _new_series(self) -> list[float]:
+        raise NotImplementedError
+
+    def _render_series(self, labels: list[tuple[str, str]], series: list[float]) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _key(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple([labels[name][: self.MAX_LABEL] for name in self.labels])
+
+    def _change(self, labels: Mapping[str, str], value: float, change: Callable[[list[float]], None]) -> None:
+        key = self._key(labels)
+        with self._lock:
+            if key not in self._series and len(self._series) >= self.MAX_SERIES:
+                key = (self.OTHER,) * len(key)
+            change(self._series.setdefault(key, self._new_series()))
+        self._emit(Observation(self.name, self.kind, value, dict(zip(self.labels, key, strict=True))))
+
+
+class Counter(_Metric):
+    """A count that only grows."""
+
+    kind = "counter"
 
     def increment(self, **labels: str) -> None:
         """Add one to the count for *labels*."""
-        key = tuple(sorted(labels.items()))
-        with self._lock:
-            self._values[key] = self._values.get(key, 0) + 1
+
+        def add_one(series: list[float]) -> None:
+            series[0] += 1
+
+        self._change(labels, 1, add_one)
 
     def value(self, **labels: str) -> int:
         """Return the count for exactly *labels*."""
-        return self._values.get(tuple(sorted(labels.items())), 0)
+        return int(self._series.get(self._key(labels), (0,))[0])
+
+    def _new_series(self) -> list[float]:
+        return [0]
+
+    def _render_series(self, labels: list[tuple[str, str]], series: list[float]) -> Iterator[str]:
+        yield f"{self.name}{_spell_labels(labels)} {int(series[0])}"
+
+
+class Histogram(_Metric):
+    """How often a duration was how long. A series is: the count for each bound, the count beyond, the sum."""
+
+    kind = "histogram"
+    BOUNDS: ClassVar[tuple[float, ...]] = (
+        *(0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01),
+        *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    )
+    """Seconds, inclusive."""
+
+    def observe(self, seconds: float, **labels: str) -> None:
+        """Count one duration for *labels*."""
+
+        def add(series: list[float]) -> None:
+            series[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+            series[-1] += seconds
+
+        self._change(labels, seconds, add)
+
+    def count(self, **labels: str) -> int:
+        """Return how many durations were counted for exactly *labels*."""
+        return int(sum(self._series.get(self._key(labels), [0])[:-1]))
+
+    def _new_series(self) -> list[float]:
+        return [0] * (len(self.BOUNDS) + 1) + [0.0]
+
+    def _render_series(self, labels: list[tuple[str, str]], series: list[float]) -> Iterator[str]:
+        *counts, total = series
+        bounds = (*(repr(bound) for bound in self.BOUNDS), "+Inf")
+        for bound, count in zip(bounds, itertools.accumulate(counts), strict=True):
+            yield f"{self.name}_bucket{_spell_labels([*labels, ('le', bound)])} {int(count)}"
+        yield f"{self.name}_sum{_spell_labels(labels)} {total!r}"
+        yield f"{self.name}_count{_spell_labels(labels)} {int(sum(counts))}"
 
 
 class Metrics:
-    """The counters of this process's sandboxes, by the names of 0.14 (features.md A.13)."""
+    """What this process's sandboxes have counted, under the names of 0.14 (features.md A.13).
+
+    ``metrics.durations = True`` also measures how long calls take, which costs two looks at a clock each.
+    """
 
     def __init__(self) -> None:
-        self.guest_errors = Counter("guest_errors_total", "Errors that guest functions returned, by code")
-        self.guest_cancellations = Counter("guest_cancellations_total", "Guest calls that were cancelled")
+        self.durations = False
+        self._subscribers: tuple[Callable[[Observation], None], ...] = ()
+        emit = self._emit
+        self.guest_errors = Counter("guest_errors_total", "Errors that guest functions returned", ("code",), emit)
+        self.guest_cancellations = Counter("guest_cancellations_total", "Guest calls that were cancelled", (), emit)
         self.erroneous_vcpu_kicks = Counter(
-            "erroneous_vcpu_kicks_total", "Signals that interrupted a guest without a reason"
+            "erroneous_vcpu_kicks_total", "Signals that interrupted a guest without a reason", (), emit
         )
+        self.guest_call_duration = Histogram("guest_call_duration_seconds", "Guest calls", _BY_FUNCTION, emit)
+        self.host_call_duration = Histogram("host_call_duration_seconds", "Host calls", _BY_FUNCTION, emit)
+
+    def render(self) -> str:
+        """Return all metrics in Prometheus' text format, version 0.0.4."""
+        metrics = (self.guest_errors, self.guest_cancellations, self.erroneous_vcpu_kicks)
+        all_of_them: tuple[_Metric, ...] = (*metrics, self.guest_call_duration, self.host_call_duration)
+        return "".join(f"{line}\n" for metric in all_of_them for line in metric.render())
+
+    def subscribe(self, callback: Callable[[Observation], None]) -> Callable[[], None]:
+        """Call *callback* with every ``Observation`` from now on, on the thread that makes it.
+
+        Returns the function that ends it. What *callback* raises is logged and goes no further.
+        """
+        self._subscribers += (callback,)
+
+        def unsubscribe() -> None:
+            self._subscribers = tuple(each for each in self._subscribers if each is not callback)
+
+        return unsubscribe
+
+    def _emit(self, observation: Observation) -> None:
+        for callback in self._subscribers:
+            _call_observer(callback, observation)
+
+
+_BY_FUNCTION = ("function_name",)
+
+
+def _call_observer(callback: Callable[[Any], None], observed: Any) -> None:
+    """Call what a user wants to be called: its mistakes must not end a guest's run."""
+    try:
+        callback(observed)
+    except Exception:
+        _logger.exception("%r failed for %r", callback, observed)
+
+
+def _spell_labels(labels: Sequence[tuple[str, str]]) -> str:
+    spelled = ",".join(f'{name}="{_escape_label(value)}"' for name, value in labels)
+    return f"{{{spelled}}}" if labels else ""
+
+
+def _escape_help(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def _escape_label(value: str) -> str:
+    return _escape_help(value).replace('"', '\\"')
 
 
 metrics = Metrics()
+
+
+# ======================================================================================
+# Tracing: what a sandbox did, and when
+# ======================================================================================
+
+
+class TraceRecord(typing.NamedTuple):
+    """A span of time, or a moment (``end_ns`` is None), in the life of a sandbox.
+
+    ``category`` is "call-to-guest", "call-to-host", "vcpu" (KVM_RUN, until its exit), "guest" (a span that
+    the guest reports) or "guest-event". Times are those of ``time.perf_counter_ns``; ``sandbox`` tells
+    sandboxes apart; ``id`` and ``parent`` are the guest's numbers for its spans, 0 for none.
+    """
+
+    category: str
+    name: str
+    begin_ns: int
+    end_ns: int | None
+    fields: Mapping[str, str]
+    sandbox: int
+    id: int = 0
+    parent: int = 0
+
+
+class TraceRecorder:
+    """Keeps trace records for a file: ``SandboxConfiguration(trace=TraceRecorder())``.
+
+    Several sandboxes may share one. Of more than *max_records* the first are kept, and ``dropped`` says
+    how many were not.
+    """
+
+    def __init__(self, max_records: int = 200_000) -> None:
+        self.max_records = max_records
+        self.records: list[TraceRecord] = []
+        self.dropped = 0
+
+    def __call__(self, record: TraceRecord) -> None:
+        """Keep *record*."""
+        if len(self.records) < self.max_records:
+            self.records.append(record)
+        else:
+            self.dropped += 1
+
+    def write_chrome_trace(self, path: StrPath) -> None:
+        """Write the records as JSON for Perfetto (ui.perfetto.dev) and Chrome (chrome://tracing).
+
+        The process is this one; each sandbox has a thread for the host's view and one for the guest's own spans.
+        """
+        import json
+
+        events = [event for record in self.records for event in _chrome_events(record)]
+        for sandbox in sorted({record.sandbox for record in self.records}):
+            events += _chrome_names(sandbox)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"traceEvents": events, "otherData": {"dropped": str(self.dropped)}}, file)
+
+
+def _chrome_names(sandbox: int) -> Iterator[dict[str, Any]]:
+    for thread, name in enumerate((f"sandbox {sandbox}", f"sandbox {sandbox}, the guest's spans"), 2 * sandbox):
+        common = {"ph": "M", "pid": os.getpid(), "tid": thread, "name": "thread_name"}
+        yield {**common, "args": {"name": name}}
+
+
+def _chrome_events(record: TraceRecord) -> Iterator[dict[str, Any]]:
+    """Spell *record* in the Trace Event Format; times are microseconds."""
+    event: dict[str, Any] = {
+        "name": record.name,
+        "cat": record.category,
+        "pid": os.getpid(),
+        "tid": 2 * record.sandbox + record.category.startswith("guest"),
+        "ts": record.begin_ns / 1000,
+        "args": dict(record.fields),
+    }
+    if record.end_ns is None:
+        yield {**event, "ph": "i", "s": "t"}
+    else:
+        yield {**event, "ph": "X", "dur": (record.end_ns - record.begin_ns) / 1000}
+
+
+class _OpenSpan(typing.NamedTuple):
+    event: memory.OpenSpan
+    begin_ns: int
+    fields: dict[str, str]
+
+
+class _Tracer:
+    """Tells a callback what one sandbox does: host calls, exits, and the spans that its guest reports.
+
+    A guest's batch comes in registers at any exit (abi.md 15.1). Nothing in it can fail the run: what
+    makes no sense is logged and left out; there is a limit to the spans that stay open.
+    """
+
+    MAX_OPEN: ClassVar[int] = 1024
+    MAX_FIELDS: ClassVar[int] = 64
+    _numbers = itertools.count(1)
+
+    def __init__(self, callback: Callable[[TraceRecord], None], vcpu: kvm_abi.Vcpu) -> None:
+        self._callback = callback
+        self._vcpu = vcpu
+        self._sandbox = next(self._numbers)
+        self._open: dict[int, _OpenSpan] = {}
+        self._entered_ns = 0
+        self._guest_start: int | None = None  # the guest's time stamp counter at that moment
+
+    def record(self, category: str, name: str, begin_ns: int, **fields: str) -> None:
+        """Report a span that ends now."""
+        self._emit(category, name, begin_ns, time.perf_counter_ns(), fields)
+
+    def entered(self) -> None:
+        """The guest is about to be entered for a new run."""
+        self._entered_ns = time.perf_counter_ns()
+        self._guest_start = None
+
+    def left(self, name: str) -> None:
+        """The run for the call of *name* is over: spans that the guest left open end here."""
+        for span in reversed(self._open.values()):
+            span.fields["unfinished"] = "true"
+            self._close(span, time.perf_counter_ns())
+        self._open.clear()
+        self.record("call-to-guest", name, self._entered_ns)
+
+    def run(self, physical: memory.GuestMemory) -> int:
+        """Do what ``Vcpu.run`` does, report it, and take the batch that the guest may have left."""
+        begin = time.perf_counter_ns()
+        interrupted = self._vcpu.run()
+        exit_name = "interrupted" if interrupted else _exit_name(self._vcpu.kvm_run)
+        self.record("vcpu", "KVM_RUN", begin, exit=exit_name)
+        if not interrupted:
+            self._take_batch(physical)
+        return interrupted
+
+    def _take_batch(self, physical: memory.GuestMemory) -> None:
+        regs = self._vcpu.get_regs()
+        if regs.r8 != _Port.TRACE_BATCH:
+            return
+        try:
+            if not 1 <= regs.r10 <= _MAX_TRACE_BATCH:
+                raise memory.InvalidFlatBuffer(f"trace batch of {regs.r10} bytes, not 1 to {_MAX_TRACE_BATCH}")
+            data = physical.read_virt(self._vcpu.get_sregs().cr3, regs.r9, regs.r10)
+            for event in memory.decode_trace_batch(data):
+                self._take(event)
+        except HyperlightError as error:
+            _logger.warning("the guest's trace data is left out: %s", error)
+
+    def _take(self, event: memory.TraceEvent) -> None:
+        if isinstance(event, memory.GuestStart):
+            self._guest_start = event.tsc
+        elif isinstance(event, memory.OpenSpan):
+            self._open_span(event)
+        elif isinstance(event, memory.LogEvent):
+            fields = dict(event.fields[: self.MAX_FIELDS])
+            self._emit("guest-event", event.name, self._time_of(event.tsc), None, fields, 0, event.parent_id)
+        elif (span := self._open.get(event.id)) is None:
+            _logger.warning("the guest's trace mentions span %d, which is not open", event.id)
+        elif isinstance(event, memory.CloseSpan):
+            self._close(span, self._time_of(event.tsc))
+            del self._open[event.id]
+        else:
+            span.fields.update(event.fields[: max(0, self.MAX_FIELDS - len(span.fields))])
+
+    def _open_span(self, event: memory.OpenSpan) -> None:
+        begin = self._time_of(event.tsc)
+        if event.id in self._open or len(self._open) >= self.MAX_OPEN:
+            _logger.warning("the guest's span %d, %s, is left out", event.id, event.name)
+            return
+        self._open[event.id] = _OpenSpan(event, begin, dict(event.fields[: self.MAX_FIELDS]))
+
+    def _close(self, span: _OpenSpan, end_ns: int) -> None:
+        event = span.event
+        fields = {"target": event.target, **span.fields}
+        self._emit("guest", event.name, span.begin_ns, max(end_ns, span.begin_ns), fields, event.id, event.parent or 0)
+
+    def _emit(
+        self, category: str, name: str, begin: int, end: int | None, fields: Mapping[str, str], *ids: int
+    ) -> None:
+        _call_observer(self._callback, TraceRecord(category, name, begin, end, fields, self._sandbox, *ids))
+
+    def _time_of(self, tsc: int) -> int:
+        """Convert a guest's time stamp to the host's clock: between its entry and now, whatever it says.
+
+        Raises ``HyperlightError`` before the guest has said where its clock started.
+        """
+        if self._guest_start is None:
+            raise HyperlightError("an event came before GuestStart")
+        elapsed = (tsc - self._guest_start) * 1_000_000 // self._tsc_khz
+        return min(max(self._entered_ns + elapsed, self._entered_ns), time.perf_counter_ns())
+
+    @functools.cached_property
+    def _tsc_khz(self) -> int:
+        """How fast the guest's time stamp counter runs: as KVM knows, else measured."""
+        with contextlib.suppress(kvm_abi.KvmError):
+            if khz := self._vcpu.get_tsc_khz():
+                return khz
+        return _measured_tsc_khz(self._vcpu)
+
+
+_MAX_TRACE_BATCH = 4096
+"""Bytes."""
+
+
+def _exit_name(kvm_run: kvm_abi.kvm_run) -> str:
+    if kvm_run.exit_reason == KvmExit.IO and kvm_run.io.port in _Port._value2member_map_:
+        return f"port {_Port(kvm_run.io.port).name}"
+    return kvm_abi.describe_exit(kvm_run)
+
+
+def _measured_tsc_khz(vcpu: kvm_abi.Vcpu, period_s: float = 0.01) -> int:
+    readings: list[tuple[int, int]] = []
+    for pause_s in (period_s, 0):
+        readings.append((time.perf_counter_ns(), vcpu.get_msrs([kvm_abi.Msr.IA32_TSC])[kvm_abi.Msr.IA32_TSC]))
+        time.sleep(pause_s)
+    (begin_ns, begin), (end_ns, end) = readings
+    return max(1, (end - begin) * 1_000_000 // (end_ns - begin_ns))
+
+
+# ======================================================================================
+# Memory profile: what a guest allocates
+# ======================================================================================
+
+
+class MemoryEvent(typing.NamedTuple):
+    """A guest allocated or freed ``size`` bytes at ``address`` (gva); both are the guest's word.
+
+    ``stack`` holds gvas of code: where the guest is, then the return addresses, the innermost first.
+    """
+
+    kind: Literal["alloc", "free"]
+    address: int
+    size: int
+    stack: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Site:
+    live_bytes: int = 0
+    live_count: int = 0
+    total_count: int = 0
+
+
+class MemoryProfile:
+    """Adds up what guests allocate: ``SandboxConfiguration(memory_profile=MemoryProfile())``.
+
+    A guest reports its allocations only if it was built to (ports 105 and 106, abi.md 15.2). At most
+    ``MAX_TRACKED`` blocks and call sites are remembered; ``untracked`` counts the rest.
+    """
+
+    MAX_TRACKED: ClassVar[int] = 100_000
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.untracked = 0
+        self.sites: dict[int, _Site] = {}
+        """By the address that the allocating function returns to."""
+        self._blocks: dict[int, tuple[int, _Site]] = {}
+
+    def __call__(self, event: MemoryEvent) -> None:
+        """Take *event* into account."""
+        if event.kind == "free":
+            self._free(event.address)
+            return
+        caller = event.stack[1] if len(event.stack) > 1 else event.stack[0] if event.stack else 0
+        if len(self._blocks) >= self.MAX_TRACKED or len(self.sites) >= self.MAX_TRACKED:
+            self.untracked += 1
+            return
+        self._free(event.address)  # one that the guest did not report
+        site = self.sites.setdefault(caller, _Site())
+        site.live_bytes += event.size
+        site.live_count += 1
+        site.total_count += 1
+        self._blocks[event.address] = (event.size, site)
+        self.live_bytes += event.size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _free(self, address: int) -> None:
+        size, site = self._blocks.pop(address, (0, None))
+        if site is not None:
+            site.live_bytes -= size
+            site.live_count -= 1
+            self.live_bytes -= size
+
+    def report(self, elf: GuestElf | None = None, top: int = 20) -> str:
+        """Return a table of the *top* call sites by live bytes, with the names that *elf* knows."""
+        lines = [f"{self.live_bytes} bytes live, {self.peak_bytes} at the peak, {self.untracked} blocks untracked"]
+        by_size = sorted(self.sites.items(), key=lambda item: -item[1].live_bytes)
+        for address, site in by_size[:top]:
+            where = f"{address:#x}" if elf is None else _named_address(elf, address)
+            lines.append(f"{site.live_bytes:12} bytes in {site.live_count} of {site.total_count} blocks  {where}")
+        return "\n".join(lines)
+
+
+_MAX_STACK_DEPTH = 32
+
+
+def _call_stack(physical: memory.GuestMemory, cr3: int, registers: Mapping[str, int], code: range) -> tuple[int, ...]:
+    """Return rip and the return addresses in *code* that the chain of frame pointers leads to.
+
+    The chain is a guest's word: it must ascend, and ends where it does not or where there is no memory.
+    """
+    stack, frame = [registers["rip"]], registers["rbp"]
+    with contextlib.suppress(HyperlightError):
+        while len(stack) < _MAX_STACK_DEPTH:
+            above, return_address = struct.unpack("<2Q", physical.read_virt(cr3, frame, 16))
+            if return_address not in code:
+                break
+            stack.append(return_address)
+            if above <= frame:
+                break
+            frame = above
+    return tuple(stack)
 
 
 # ======================================================================================
@@ -3577,6 +4104,28 @@ def _call_guest(
 ) -> Any:
     """Boot the guest, call *function* in it and return its result."""
     config = dataclasses.replace(_configuration(arguments), guest_debug_info=debug_info)
+    with _trace_to(arguments.trace) as trace:
+        config = dataclasses.replace(config, trace=trace)
+        return _call_configured(arguments, config, function, values)
+
+
+@contextlib.contextmanager
+def _trace_to(path: str | None) -> Iterator[TraceRecorder | None]:
+    """Record what guests do, and write it to the file at *path* in the end, however that comes."""
+    recorder = None if path is None else TraceRecorder()
+    try:
+        yield recorder
+    finally:
+        if path is not None and recorder is not None:
+            try:
+                recorder.write_chrome_trace(path)
+            except OSError as error:
+                raise _CommandError(_Status.BAD_INPUT, f"cannot write the trace {path}: {error.strerror}") from error
+
+
+def _call_configured(
+    arguments: argparse.Namespace, config: SandboxConfiguration, function: str, values: Sequence[Any]
+) -> Any:
     with UninitializedSandbox(_environment(arguments), config) as uninitialized:
         elf = uninitialized.snapshot().elf
         uninitialized.register("HostPrint", _print_plainly, (str,), Int)
@@ -3694,6 +4243,7 @@ def _environment(arguments: argparse.Namespace) -> GuestEnvironment:
 def _configuration(arguments: argparse.Namespace) -> SandboxConfiguration:
     """Take each setting that the command line gave; options are stored under the settings' names."""
     names = [field.name for field in dataclasses.fields(SandboxConfiguration)]
+    names.remove("trace")  # a file's name on the command line
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return SandboxConfiguration(**given)
 
@@ -4196,6 +4746,7 @@ _RUN_OPTIONS = (
         "(what RUST_LOG says, or error)",
     ),
     _option("--timeout", type=_seconds, metavar="SECONDS", help="stop the guest after this long"),
+    _option("--trace", metavar="FILE", help="write what the guest did and when, for chrome://tracing or Perfetto"),
     _option(
         "--core-dump",
         dest="guest_core_dump",

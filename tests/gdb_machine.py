@@ -31,6 +31,7 @@ STACK_TOP = 0x5000
 
 # The guest. `work` and `leaf` have frame information, so that gdb can unwind and finish.
 SOURCE = """
+        .cfi_sections .debug_frame
         .globl _start, work, leaf, counter, crash
         .text
 _start: mov $0, %rax

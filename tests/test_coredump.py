@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rawguest
 from conftest import require
-from raw_guest import assemble
 
 import hyperlight
 import kvm_abi
@@ -102,7 +102,7 @@ def one_page() -> Iterator[CoreSegment]:
         yield CoreSegment(0x5000, PAGE_SIZE, RW, page, 0)
 
 
-def sandbox(guest: str | Path = SIMPLEGUEST, dumps: Any = None, **settings: Any) -> MultiUseSandbox:
+def sandbox(guest: str | bytes = SIMPLEGUEST, dumps: Any = None, **settings: Any) -> MultiUseSandbox:
     config = SandboxConfiguration(guest_core_dump=dumps, **settings)
     return UninitializedSandbox(guest, config).evolve()
 
@@ -370,7 +370,7 @@ def test_gdb_reads_every_register(tmp_path: Path) -> None:
 
 
 SAVED_BY_EXCEPTION = r"""
-        lea frame(%rip), %rcx           # the address goes into the text, the lowest digit last
+        lea frame(%rip), %rcx           # its address goes into the text, the highest digit first
         lea digits(%rip), %rdi
         mov $16, %edx
 1:      rol $4, %rcx
@@ -383,17 +383,19 @@ SAVED_BY_EXCEPTION = r"""
         dec %edx
         jnz 1b
         lea text(%rip), %rsi
-        mov $(end - text), %ecx
-        jmp abort
+2:      movzbl (%rsi), %eax             # a byte at a time to the abort port, which does not return from the last
+        inc %rsi
+        shl $8, %eax
+        inc %eax
+        out %eax, $102
+        jmp 2b
 
-        .data
 alphabet: .ascii "0123456789abcdef"
 text:   .byte 15, 6
         .ascii "Exception vector: 6\nFaulting Instruction: 0x1234\nBytes At Faulting Instruction: []\n"
         .ascii "Page Fault Address: 0x0\nError code: 0x0\nStack Pointer: 0x"
 digits: .ascii "0123456789abcdef"
         .byte 0xff
-end:
         .balign 64
 frame:  .quad 0x101, 0x102, 0x103, 0x104        # DS, GS, FS, ES
         .set i, 0
@@ -413,7 +415,7 @@ frame:  .quad 0x101, 0x102, 0x103, 0x104        # DS, GS, FS, ES
 @require("gcc")
 def test_after_an_exception_the_registers_are_those_of_the_code_that_caused_it(tmp_path: Path) -> None:
     """C/1; the x87 and SSE registers too, which a handler may have used since."""
-    with sandbox(assemble(tmp_path, SAVED_BY_EXCEPTION)) as box:
+    with sandbox(rawguest.build(SAVED_BY_EXCEPTION)) as box:
         with pytest.raises(GuestAborted) as caught:
             box.call("any")
         assert caught.value.vector == 6
@@ -433,7 +435,7 @@ def test_after_an_exception_the_registers_are_those_of_the_code_that_caused_it(t
 @require("gcc")
 def test_a_frame_at_a_wild_address_leaves_the_vcpus_registers(tmp_path: Path) -> None:
     wild = SAVED_BY_EXCEPTION.replace("lea frame(%rip), %rcx", "mov $-64, %rcx")
-    with sandbox(assemble(tmp_path, wild)) as box:
+    with sandbox(rawguest.build(wild)) as box:
         with pytest.raises(GuestAborted):
             box.call("any")
         live = box._guest.vm.registers()
@@ -523,9 +525,8 @@ def test_the_environment_asks_for_a_dump_of_every_failure(
 @require("kvm")
 @require("gcc")
 def test_a_guest_that_fails_to_initialise_is_dumped_too(tmp_path: Path) -> None:
-    guest = assemble(tmp_path, "", at_entry="out %eax, $7")
     with pytest.raises(hyperlight.InitializeError) as caught:
-        sandbox(guest, dumps=tmp_path)
+        sandbox(rawguest.build("", initialise="out %eax, $7"), dumps=tmp_path)
     assert caught.value.core_dump is not None
     assert Core.read(caught.value.core_dump).registers["rip"] == caught.value.registers["rip"]
 
@@ -545,7 +546,7 @@ def test_a_cancelled_call_is_not_dumped(tmp_path: Path) -> None:
 @require("gcc")
 def test_a_dump_that_fails_never_hides_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """C/4: with a wild CR3 there is nothing to dump, and the guest's failure is what is raised."""
-    guest = assemble(tmp_path, "mov $0x7000000000, %rax; mov %rax, %cr3; hlt")
+    guest = rawguest.build("mov $0x7000000000, %rax; mov %rax, %cr3; hlt")
     dumps = tmp_path / "dumps"
     dumps.mkdir()
     with sandbox(guest, dumps=dumps) as box:
