@@ -84,19 +84,31 @@ hl_vector_stubs:
         .endr
 
 /* Page faults that the kernel part resolves itself save only what a C function may change. */
+        .macro save_register register
+        push    \register
+        .cfi_adjust_cfa_offset 8
+        .cfi_rel_offset \register, 0
+        .endm
+
         .type page_fault, @function
 page_fault:
-        push    %rax
-        push    %rcx
-        push    %rdx
-        push    %rsi
-        push    %rdi
-        push    %r8
-        push    %r9
-        push    %r10
-        push    %r11
+        .cfi_startproc simple                   /* a debugger finds the way back to the code that faulted */
+        .cfi_signal_frame
+        .cfi_def_cfa %rsp, 16                   /* error code, RIP | CS, RFLAGS, RSP, SS */
+        .cfi_offset %rip, -8
+        .cfi_offset %rsp, 16
+        save_register %rax
+        save_register %rcx
+        save_register %rdx
+        save_register %rsi
+        save_register %rdi
+        save_register %r8
+        save_register %r9
+        save_register %r10
+        save_register %r11
         mov     72(%rsp), %rdi                  /* the error code */
         sub     $8, %rsp
+        .cfi_adjust_cfa_offset 8
         cld
         call    hl_kernel_page_fault
         test    %al, %al
@@ -115,6 +127,7 @@ page_fault:
         iretq
 1:      push    $14
         jmp     exception
+        .cfi_endproc
         .size page_fault, . - page_fault
 
         .macro save_frame
