@@ -29,7 +29,7 @@ SIZE = 0x4000
 READ_ONLY = range(0x3000, 0x4000)
 STACK_TOP = 0x5000
 
-# The guest. `work` and `leaf` have frame information, so that gdb can unwind and finish.
+# The guest, linked at 0 and loaded at BASE. `work` and `leaf` have frame information, so that gdb can unwind.
 SOURCE = """
         .cfi_sections .debug_frame
         .globl _start, work, leaf, counter, crash
@@ -56,7 +56,7 @@ work:   .cfi_startproc
         .type leaf, @function
 leaf:   .cfi_startproc
         inc %rax
-        mov %rax, counter
+        mov %rax, counter + 0x1000
         ret
         .cfi_endproc
         .size leaf, . - leaf
@@ -229,6 +229,7 @@ class Machine(Plain):
     def __init__(self, code: bytes = CODE, path: str = "/guest/toy.elf", file: bytes = b"") -> None:
         super().__init__(code)
         self.path, self.file = path, file
+        self.modules: Sequence[tuple[str, int]] = [("/guest/lib&more.so", 0x3000)]
         self.debug_registers: tuple[HardwareBreakpoint, ...] = ()
         self.restarts = 0
 
@@ -273,7 +274,7 @@ class Machine(Plain):
         return 'vcpu 0 <in "leaf">'
 
     def libraries(self) -> Sequence[tuple[str, int]]:
-        return [("/guest/lib&more.so", 0x3000)]
+        return self.modules
 
     def auxv(self) -> Sequence[tuple[int, int]]:
         return [(9, BASE)]  # AT_ENTRY
@@ -294,13 +295,13 @@ class Machine(Plain):
 
 
 def load_elf(path: Path) -> bytes:
-    """Return the loadable segments of a linked program, as they lie in memory from BASE on."""
+    """Return the loadable segments of a program, as they lie in memory from BASE on."""
     data = path.read_bytes()
-    offset, = struct.unpack_from("<Q", data, 32)
-    count, = struct.unpack_from("<H", data, 56)
+    (table,) = struct.unpack_from("<Q", data, 32)
+    (count,) = struct.unpack_from("<H", data, 56)
     memory = bytearray(SIZE)
     for index in range(count):
-        kind, _, start, address, _, size = struct.unpack_from("<IIQQQQ", data, offset + 56 * index)
-        if kind == 1 and address >= BASE:
-            memory[address - BASE : address - BASE + size] = data[start : start + size]
+        kind, _, start, address, _, size = struct.unpack_from("<IIQQQQ", data, table + 56 * index)
+        if kind == 1:  # PT_LOAD
+            memory[address : address + size] = data[start : start + size]
     return bytes(memory)

@@ -652,14 +652,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest as an ELF file with symbols, line numbers and frame information."""
     folder = tmp_path_factory.mktemp("guest")
     (folder / "guest.s").write_text(SOURCE)
-    linking = ["-static", "-nostdlib", "-no-pie", "-Wl,-Ttext=0x1000,-Tdata=0x2000,--build-id=none"]
+    linking = ["-static", "-nostdlib", "-no-pie", "-Wl,-Ttext=0,-Tdata=0x1000,--build-id=none"]
     subprocess.run(["gcc", "-g", *linking, "-o", "guest.elf", "guest.s"], cwd=folder, check=True)
     assert load_elf(folder / "guest.elf")[: len(CODE)] == CODE
     return folder / "guest.elf"
 
 
 def machine_with(program: Path) -> Machine:
-    return Machine(load_elf(program), path="/guest/toy.elf", file=program.read_bytes())
+    machine = Machine(load_elf(program), path="/guest/toy.elf", file=program.read_bytes())
+    machine.modules = []
+    return machine
 
 
 def gdb(remote: str, *commands: str, before: tuple[str, ...] = (), connect: str = "target remote") -> str:
