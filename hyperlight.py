@@ -146,12 +146,14 @@ __all__ = [
     "MmapFailed",
     "MmioReadUnmapped",
     "MmioWriteUnmapped",
+    "MsrError",
     "MultiUseSandbox",
     "NoHypervisorFound",
     "Observation",
     "PageTableError",
     "ParameterType",
     "ParameterValueConversionFailure",
+    "PlatformState",
     "PoisonedSandbox",
     "ReturnType",
     "ReturnValueConversionFailure",
@@ -450,6 +452,11 @@ class SandboxConfiguration:
     ``trace``: called with a ``TraceRecord`` for each call, host call and exit, and for what a guest with tracing
     built in reports at log level "trace"; a ``TraceRecorder`` makes a file of them. ``memory_profile``: called with a
     ``MemoryEvent`` for each allocation that a guest built for it reports; a ``MemoryProfile`` adds them up.
+    ``hardware_timer``: interrupt controllers, and a timer that the guest sets through port 107 (abi.md 6.6). The guest
+    must then end its runs by port 108: HLT waits for an interrupt.
+    ``guest_msrs``: the model-specific registers that the guest may read and write, at most 16; snapshots hold them.
+    Any other access is a general protection fault in the guest, where KVM has a filter. None: no filter, as in
+    0.14; what the guest writes to an MSR then survives a restore.
 
     Raises ``LayoutError`` for a size that is not a whole number and ``HyperlightError`` for an
     option out of range. Whether the sizes fit together is checked when a sandbox is made.
@@ -467,6 +474,8 @@ class SandboxConfiguration:
     guest_core_dump: bool | StrPath | None = None
     trace: Callable[[TraceRecord], None] | None = None
     memory_profile: Callable[[MemoryEvent], None] | None = None
+    hardware_timer: bool = False
+    guest_msrs: Sequence[int] | None = ()
 
     def __post_init__(self) -> None:
         for name in ("input_data_size", "output_data_size", "heap_size", "scratch_size"):
@@ -486,6 +495,7 @@ class SandboxConfiguration:
             )
         if self.guest_log_level is not None:
             set_field("guest_log_level", _guest_log_level(self.guest_log_level))
+        set_field("guest_msrs", _checked_msrs(self.guest_msrs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -919,7 +929,7 @@ class MultiUseSandbox:
             interrupt = _interrupt or InterruptHandle(
                 signal.SIGRTMIN + self._config.interrupt_vcpu_sigrtmin_offset
             )
-            self._guest = _Guest(snapshot, self._functions, interrupt)
+            self._guest = _Guest(snapshot, self._functions, interrupt, self._config)
             try:
                 self._acquire()
                 try:
@@ -1065,6 +1075,7 @@ class MultiUseSandbox:
             snapshot._check_host_functions(self._functions)
             if not snapshot.is_initialized:
                 raise SnapshotMismatch("the snapshot's guest has not run yet: use from_snapshot")
+            self._guest.vm.platform.check(snapshot.platform)
             self._status = SandboxStatus.POISONED
             try:
                 self._guest.restore(snapshot)
@@ -1438,6 +1449,8 @@ class Snapshot:
     """The host functions that the sandbox offered, with the names of their types."""
     generation: int = 0
     """How many snapshots were taken on the way from the ELF to this one."""
+    platform: PlatformState = dataclasses.field(default_factory=lambda: PlatformState())
+    """MSRs and interrupt controllers."""
 
     @property
     def is_initialized(self) -> bool:
@@ -1569,6 +1582,10 @@ class _MemoryLost(Exception):
     """Replacing a VM's memory failed half-way; the cause is chained."""
 
 
+_PIT_PORTS = range(0x40, 0x44)
+"""Where a guest that programs the interrupt controllers may write to a timer that is not there (abi.md 6.6)."""
+
+
 class _Port(enum.IntEnum):
     """What a guest says by an OUT (abi.md 8)."""
 
@@ -1586,7 +1603,13 @@ class _Port(enum.IntEnum):
 class _Guest:
     """A guest in its VM. Not locked: the sandbox sees to it that one thread at a time is here."""
 
-    def __init__(self, snapshot: Snapshot, functions: HostFunctions, interrupt: InterruptHandle) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        functions: HostFunctions,
+        interrupt: InterruptHandle,
+        config: SandboxConfiguration,
+    ) -> None:
         self.snapshot = snapshot
         self.functions = functions
         self.interrupt = interrupt
@@ -1612,11 +1635,18 @@ class _Guest:
             self._ram = _Ram(snapshot)
             undo.callback(self._ram.close)
             self.physical = self._ram.physical_view()
-            self.vm = _VirtualMachine(self._ram.slots(), snapshot.layout.pt_base_gpa)
+            self.vm = _VirtualMachine(
+                self._ram.slots(),
+                snapshot.layout.pt_base_gpa,
+                timer=config.hardware_timer,
+                msrs=_checked_msrs(config.guest_msrs),
+            )
             undo.callback(self.vm.close)
             if snapshot.is_initialized:
                 self._reset(snapshot)
             undo.pop_all()
+        if config.hardware_timer:
+            self._ports = {**self._ports, **self._TIMER_PORTS}
         interrupt._attach(self.vm.page)
         weakref.finalize(self, interrupt._detach).atexit = False
 
@@ -1773,6 +1803,8 @@ class _Guest:
             self._explain(refusal)
             raise refusal from error
         finally:
+            if self.vm.platform.timer is not None:
+                self.vm.platform.timer.stop()
             if self._tracer is not None:
                 self._tracer.left(self.activity)
             if self.debugger is not None:
@@ -1803,6 +1835,9 @@ class _Guest:
                     continue
             elif reason == KvmExit.HLT:
                 return
+            elif reason in (KvmExit.X86_RDMSR, KvmExit.X86_WRMSR):
+                vm.platform.refuse_msr()
+                continue
             if debugger is None or not debugger.exited():
                 raise self._failure_of_exit()
 
@@ -1963,6 +1998,12 @@ class _Guest:
         assert self._memory_profile is not None  # or the ports would not be there
         _call_observer(self._memory_profile, MemoryEvent(kind, registers["rcx"], registers["rax"], stack))
 
+    def _on_timer(self, period_us: int) -> None:
+        """Set the timer, if the guest wrote all four bytes of a period (abi.md 8.6)."""
+        assert self.vm.platform.timer is not None  # or the port would not be there
+        if self.vm.vcpu.kvm_run.io.size * self.vm.vcpu.kvm_run.io.count >= 4:
+            self.vm.platform.timer.set(period_us)
+
     def _on_abort(self, value: int) -> None:
         """Collect up to three bytes of ``code [exception] message 0xFF`` (abi.md 8.2)."""
         count, *payload = value.to_bytes(4, "little")
@@ -1983,6 +2024,10 @@ class _Guest:
         _Port.CALL_FUNCTION: _on_host_call,
         _Port.ABORT: _on_abort,
         _Port.DEBUG_PRINT: _on_debug_print,
+    }
+    _TIMER_PORTS: ClassVar[dict[int, Callable[[_Guest, int], None]]] = {
+        _Port.PV_TIMER_CONFIG: _on_timer,
+        **dict.fromkeys(_PIT_PORTS, lambda _guest, _value: None),
     }
     _TRACING_PORTS: ClassVar[dict[int, Callable[[_Guest, int], None]]] = {
         _Port.TRACE_BATCH: lambda _guest, _value: None,  # what it says is in registers, as at any exit
@@ -2053,6 +2098,7 @@ class _Guest:
             sregs=bytes(sregs),
             signatures={name: function.signature for name, function in self.functions.items()},
             generation=old.generation + 1,
+            platform=self.vm.platform.capture(),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -2074,7 +2120,9 @@ class _Guest:
         self._fault = None
         sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
         sregs.cr3 = snapshot.layout.pt_base_gpa
+        self.vm.platform.check(snapshot.platform)
         self.vm.reset_vcpu(sregs)
+        self.vm.platform.restore(snapshot.platform)
         self._set_entry(snapshot.entry, snapshot.stack_top, flush=True)
 
     def _replace_ram(self, snapshot: Snapshot) -> None:
@@ -2728,6 +2776,194 @@ def _call_stack(physical: memory.GuestMemory, cr3: int, registers: Mapping[str, 
 
 
 # ======================================================================================
+# Beyond memory and a vCPU: the timer, and who may touch model-specific registers
+# ======================================================================================
+
+
+class MsrError(HyperlightError, ValueError):
+    """``SandboxConfiguration.guest_msrs`` asks for what this KVM, or any, cannot do."""
+
+
+_MAX_GUEST_MSRS = 16
+_BASE_MSRS = (kvm_abi.Msr.FS_BASE, kvm_abi.Msr.GS_BASE, kvm_abi.Msr.KERNEL_GS_BASE)
+"""Every guest has these: it can change them without WRMSR, so that a restore must put them back anyway."""
+_MSR_WINDOW = 0x3000
+"""MSRs that one range of a filter can cover: KVM_MSR_FILTER_MAX_BITMAP_SIZE in bits."""
+_X2APIC_MSRS = range(0x800, 0x900)
+"""KVM filters no access to these, so they can be neither denied nor allowed."""
+
+
+def _checked_msrs(indices: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the indices without repetitions. Raises ``MsrError``."""
+    if indices is None:
+        return None
+    unique = tuple(dict.fromkeys(indices))
+    if len(unique) > _MAX_GUEST_MSRS:
+        raise MsrError(f"guest_msrs has {len(unique)} registers; a guest can have at most {_MAX_GUEST_MSRS}")
+    for index in unique:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 1 << 32:
+            raise MsrError(f"an MSR is a number of 32 bits, not {index!r}")
+        if index in _X2APIC_MSRS:
+            raise MsrError(f"MSR {index:#x} belongs to the x2APIC, which guests do not have")
+    return unique
+
+
+def _msr_filter(allowed: Sequence[int]) -> kvm_abi.kvm_msr_filter:
+    """Return the filter that denies all MSRs but those *allowed*. Raises ``MsrError`` where they are too far apart."""
+    windows: list[list[int]] = []
+    for index in sorted(set(allowed)):
+        if not windows or index - windows[-1][0] >= _MSR_WINDOW:
+            windows.append([])
+        windows[-1].append(index)
+    if len(windows) > kvm_abi.KVM_MSR_FILTER_MAX_RANGES:
+        raise MsrError("guest_msrs are too far apart for a filter of KVM: leave one out")
+    msr_filter = kvm_abi.kvm_msr_filter(flags=kvm_abi.MsrFilterDefault.DENY)
+    for entry, window in zip(msr_filter.ranges, windows, strict=False):
+        bits = sum(1 << (index - window[0]) for index in window)
+        entry.flags = kvm_abi.MsrFilterAccess.READ | kvm_abi.MsrFilterAccess.WRITE
+        entry.base, entry.nmsrs = window[0], bits.bit_length()
+        size = (bits.bit_length() + 63) // 64 * 8  # KVM reads whole words
+        entry.bitmap = (ctypes.c_uint8 * size)(*bits.to_bytes(size, "little"))
+    return msr_filter
+
+
+class PlatformState(typing.NamedTuple):
+    """What a snapshot keeps of a platform: MSRs by index, and the interrupt controllers, if there are any."""
+
+    msrs: Mapping[int, int] = {}
+    interrupts: tuple[bytes, ...] = ()
+
+
+class _Platform:
+    """The MSR filter of a VM and, if wanted, its interrupt controllers with the timer (features.md A.15, C.4).
+
+    A guest's access to an MSR that was not declared is a #GP in the guest. What it cannot change need not be
+    restored: a snapshot holds the declared ones and KERNEL_GS_BASE (FS and GS base are among the special registers).
+    The time stamp counter is no state: time does not go back on a restore.
+    """
+
+    def __init__(self, vm: kvm_abi.Vm, *, timer: bool, msrs: tuple[int, ...] | None) -> None:
+        """To be made after the memory slots, which are slow to set with an irqchip, and before the vCPU."""
+        self._vm = vm
+        self._captured = (kvm_abi.Msr.KERNEL_GS_BASE, *(msrs or ()))
+        self._refused: set[int] = set()
+        can_filter = bool(vm.check_extension(Cap.X86_MSR_FILTER) and vm.check_extension(Cap.X86_USER_SPACE_MSR))
+        if msrs and not can_filter:
+            raise MsrError("guest_msrs needs a KVM with a filter for MSRs, in Linux since 5.10")
+        if msrs is not None and can_filter:
+            vm.enable_cap(Cap.X86_USER_SPACE_MSR, kvm_abi.MsrExitReason.FILTER)
+            vm.set_msr_filter(_msr_filter((*_BASE_MSRS, *msrs)))
+        self.timer = _Timer(vm) if timer else None
+
+    def attach(self, vcpu: kvm_abi.Vcpu) -> None:
+        """Take the VM's new vCPU, in the state that a restore goes back to where a snapshot says nothing."""
+        self._vcpu = vcpu
+        try:
+            self._initial = self.capture()
+        except kvm_abi.KvmError as error:
+            raise MsrError(f"this KVM does not have all of guest_msrs: {error}") from error
+
+    def capture(self) -> PlatformState:
+        """Return what a snapshot has to keep."""
+        interrupts: tuple[bytes, ...] = ()
+        if self.timer is not None:
+            chips = (bytes(self._vm.get_irqchip(chip)) for chip in kvm_abi.Irqchip)
+            interrupts = (*chips, bytes(self._vcpu.get_lapic()))
+        return PlatformState(self._vcpu.get_msrs(self._captured), interrupts)
+
+    def check(self, state: PlatformState) -> None:
+        """Raise ``SnapshotMismatch`` where *state* is not one that this platform can take."""
+        for index in state.msrs:
+            if index not in self._captured:
+                raise SnapshotMismatch(f"the snapshot's guest had MSR {index:#x}, which guest_msrs does not name here")
+        if state.interrupts and list(map(len, state.interrupts)) != list(map(len, self._initial.interrupts)):
+            raise SnapshotMismatch("the snapshot's guest had a timer: use SandboxConfiguration(hardware_timer=True)")
+
+    def restore(self, state: PlatformState) -> None:
+        """Put all back to *state*, which was checked; after the special registers."""
+        self._vcpu.set_msrs({**self._initial.msrs, **state.msrs})
+        if self.timer is None:
+            return
+        *chips, lapic = state.interrupts or self._initial.interrupts
+        for chip in chips:
+            self._vm.set_irqchip(kvm_abi.kvm_irqchip.from_buffer_copy(chip))
+        self._vcpu.set_lapic(kvm_abi.kvm_lapic_state.from_buffer_copy(lapic))
+        self._vcpu.set_vcpu_events(kvm_abi.kvm_vcpu_events())
+        self._vcpu.set_mp_state(kvm_abi.kvm_mp_state(mp_state=kvm_abi.MpState.RUNNABLE))  # not waiting in a HLT
+
+    def refuse_msr(self) -> None:
+        """Answer the access that the filter stopped: the guest gets its #GP, the user a line in the log."""
+        msr = self._vcpu.kvm_run.msr
+        msr.error = 1
+        if msr.index not in self._refused and len(self._refused) < _MAX_GUEST_MSRS:
+            self._refused.add(msr.index)
+            advice = f"SandboxConfiguration(guest_msrs=({msr.index:#x},)) lets it"
+            _logger.warning("the guest may not touch MSR %#x: general protection fault; %s", msr.index, advice)
+
+    def close(self) -> None:
+        """Stop the timer and release it."""
+        if self.timer is not None:
+            self.timer.close()
+
+
+class _Timer:
+    """Raises interrupt line 0 of the irqchip once a period (abi.md 8.6). The vCPU's thread sets it.
+
+    While it runs, a thread of the host sleeps and writes to an eventfd; KVM does the rest.
+    """
+
+    MIN_PERIOD_US: ClassVar[int] = 100
+    MAX_PERIOD_US: ClassVar[int] = 10_000_000
+
+    def __init__(self, vm: kvm_abi.Vm) -> None:
+        vm.create_irqchip()
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            vm.irqfd(self._eventfd, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def set(self, period_us: int) -> None:
+        """Tick every *period_us* microseconds, 100 to 10,000,000, the first time after one period; 0: stop."""
+        self.stop()
+        if period_us:
+            period_s = self.clamp(period_us) / 1e6
+            self._stop = threading.Event()
+            arguments = (self._eventfd, self._stop, period_s)
+            self._thread = threading.Thread(target=_tick, args=arguments, name="hyperlight timer", daemon=True)
+            self._thread.start()
+
+    @classmethod
+    def clamp(cls, period_us: int) -> int:
+        """Return the period that a guest gets for one that it asks for."""
+        return min(max(period_us, cls.MIN_PERIOD_US), cls.MAX_PERIOD_US)
+
+    def stop(self) -> None:
+        """Tick no more."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Stop, and close the eventfd."""
+        self.stop()
+        os.close(self._eventfd)
+
+
+def _tick(eventfd: int, stop: threading.Event, period_s: float) -> None:
+    """Write to *eventfd* once a period until *stop*; ticks that come too late are left out."""
+    due = time.monotonic() + period_s
+    while not stop.wait(max(0.0, due - time.monotonic())):
+        with contextlib.suppress(BlockingIOError):  # the counter is full: KVM has not taken a tick for ages
+            os.eventfd_write(eventfd, 1)
+        due = max(due + period_s, time.monotonic())
+
+
+# ======================================================================================
 # The virtual machine: one VM, one vCPU, its memory slots
 # ======================================================================================
 
@@ -2739,7 +2975,14 @@ _RFLAGS_AT_ENTRY = 2
 class _VirtualMachine:
     """A KVM VM with one vCPU, as the ABI wants it (abi.md 6). ``page`` is its kvm_run page."""
 
-    def __init__(self, slots: Sequence[tuple[int, SharedMemory, bool]], cr3: int) -> None:
+    def __init__(
+        self,
+        slots: Sequence[tuple[int, SharedMemory, bool]],
+        cr3: int,
+        *,
+        timer: bool = False,
+        msrs: tuple[int, ...] | None = None,
+    ) -> None:
         self._slots: dict[int, int] = {}
         self._free_slots: list[int] = []
         with contextlib.ExitStack() as undo:
@@ -2747,6 +2990,8 @@ class _VirtualMachine:
             self._vm = undo.enter_context(_uninterrupted(kvm.create_vm))
             for slot in slots:
                 self.map(*slot)
+            self.platform = _Platform(self._vm, timer=timer, msrs=msrs)
+            undo.callback(self.platform.close)
             self.vcpu = undo.enter_context(_uninterrupted(lambda: self._vm.create_vcpu(0)))
             self.vcpu.set_cpuid2(_guest_cpuid())
             self._syncs_registers = bool(kvm.check_extension(Cap.SYNC_REGS) & kvm_abi.SyncRegs.REGS)
@@ -2755,6 +3000,7 @@ class _VirtualMachine:
             undo.callback(self.exit_reason.release)
             self._initial_xcrs = self.vcpu.get_xcrs()
             self.vcpu.set_sregs(_initial_sregs(cr3))
+            self.platform.attach(self.vcpu)
             kvm.close()
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
             self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest

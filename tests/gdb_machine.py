@@ -122,8 +122,8 @@ class Plain:
         return {name: self.registers[name] for name in names if name in self.registers}
 
     def write_registers(self, values: Mapping[str, int]) -> None:
-        if "cr0" in values:
-            raise TargetError("cr0 cannot be written")
+        if "cr8" in values:
+            raise TargetError("cr8 cannot be written")
         self.registers.update(values)
 
     def _offset(self, address: int, size: int) -> int:
