@@ -684,6 +684,8 @@ class HostFunction:
         if annotated is not None and len(annotated) > cls.MAX_PARAMETERS:
             raise HyperlightError(f"{name} has {len(annotated)} parameters; a host function has at most 32")
         types = None if annotated is None else tuple(_wire_type(each) for each in annotated)
+        if types is not None and _VOID in types:
+            raise HyperlightError(f"{name}: None is a type to return, not one of a parameter")
         return cls(name, function, types, _wire_type(returns))
 
     @property
@@ -1578,6 +1580,14 @@ class _Ram:
         self.output.reset()
 
 
+def _text_of(error: Exception) -> str:
+    """Return what *error* says, whatever its class does to be shown."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:
+        return type(error).__name__
+
+
 class _MemoryLost(Exception):
     """Replacing a VM's memory failed half-way; the cause is chained."""
 
@@ -1978,7 +1988,7 @@ class _Guest:
                 self._report_host_call(call.name, begin)
         except Exception as error:
             self.host_failure = error
-            text = (str(error) or type(error).__name__)[:_MAX_ERROR_TEXT]
+            text = _text_of(error)[:_MAX_ERROR_TEXT]
             return memory.encode_guest_error(
                 ErrorCode.HostFunctionError, text.encode("utf-8", "replace").decode()
             )
@@ -3047,6 +3057,9 @@ class _VirtualMachine:
     def use_ioctls_for_registers(self) -> None:
         """Set registers at once, not at the next entry: a debugger looks at them in between."""
         self._syncs_registers = False
+        if self.page[_DIRTY_REGS]:  # what waits there would overwrite what is set from now on
+            self.page[_DIRTY_REGS] = 0
+            self.load(bytes(self.page[_SYNC_REGS : _SYNC_REGS + ctypes.sizeof(kvm_abi.kvm_regs)]))
 
     def registers(self) -> dict[str, int]:
         """Return the general registers by name."""
@@ -3066,11 +3079,25 @@ class _VirtualMachine:
 
     def reset_vcpu(self, sregs: kvm_abi.kvm_sregs) -> None:
         """Put every register that a guest can change back (abi.md 6.5), with *sregs* as given."""
+        self._complete_exit()
+        self.vcpu.set_vcpu_events(kvm_abi.kvm_vcpu_events())  # no exception is on its way into the guest
         self.load(self.pack(rip=0, rsp=0))
         self.vcpu.set_debugregs(kvm_abi.kvm_debugregs())
         self.vcpu.set_xsave(_initial_xsave())
         self.vcpu.set_xcrs(self._initial_xcrs)
         self.load_sregs(sregs)
+
+    def _complete_exit(self) -> None:
+        """Let KVM finish the guest's access that the last exit was about.
+
+        It would do so at the next entry, over the registers that were set since (api.rst, KVM_RUN): a read of
+        unmapped memory writes its register and moves RIP. An access may take several exits, of 8 bytes each.
+        """
+        self.page[_IMMEDIATE_EXIT] = 1
+        for _ in range(_MAX_EXITS_OF_AN_ACCESS):
+            if self.vcpu.run():
+                break
+        self.page[_IMMEDIATE_EXIT] = 0
 
     def reset_fpu(self) -> None:
         """Put x87 and SSE registers back, as at each call (abi.md 6.4)."""
@@ -3080,6 +3107,8 @@ class _VirtualMachine:
 _EXIT_REASON = kvm_abi.kvm_run.exit_reason.offset
 _DIRTY_REGS = kvm_abi.kvm_run.kvm_dirty_regs.offset
 _SYNC_REGS = kvm_abi.kvm_run.s.offset
+
+_MAX_EXITS_OF_AN_ACCESS = 16
 
 _INITIAL_FPU = kvm_abi.kvm_fpu(fcw=0x37F, mxcsr=0x1F80)
 
@@ -3149,10 +3178,7 @@ def _why_no_kvm(error: OSError) -> str:
     if os.uname().machine != "x86_64":
         return f"No Hypervisor was found for Sandbox: it runs on x86-64, this machine is {os.uname().machine}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return (
-            f"No Hypervisor was found for Sandbox: {KVM_PATH} may not be opened by you; "
-            f"join the group that owns it: sudo usermod -aG {_group_of(KVM_PATH)} $USER, and log in again"
-        )
+        return f"No Hypervisor was found for Sandbox: {KVM_PATH} may not be opened by you; {_how_to_be_let_in()}"
     if error.errno == errno.ENOENT:
         return (
             f"No Hypervisor was found for Sandbox: {KVM_PATH} does not exist; load the module (modprobe "
@@ -3161,13 +3187,19 @@ def _why_no_kvm(error: OSError) -> str:
     return f"No Hypervisor was found for Sandbox: {error}"
 
 
-def _group_of(path: str) -> str:
-    try:
+def _how_to_be_let_in() -> str:
+    """Say what lets a user open the device: joining its group, if its group may."""
+    with contextlib.suppress(OSError, KeyError):
         import grp
 
-        return grp.getgrgid(os.stat(path).st_gid).gr_name
-    except (OSError, KeyError):
-        return "kvm"
+        device = os.stat(KVM_PATH)
+        if device.st_gid != 0 and device.st_mode & 0o060 == 0o060:
+            group = grp.getgrgid(device.st_gid).gr_name
+            return f"join the group that may: sudo usermod -aG {group} $USER, and log in again"
+    return (
+        f"nor by any group: sudo chgrp kvm {KVM_PATH}; sudo chmod 660 {KVM_PATH}; "
+        "sudo usermod -aG kvm $USER; log in again"
+    )
 
 
 @functools.cache
@@ -3543,7 +3575,7 @@ class _Debugger:
 
     def served_port(self) -> None:
         """An OUT was served; where a step over it would not be noticed, it is reported here."""
-        if self.target.steps_by_trap_flag:
+        if self.target.steps_end_at_exits:
             self._go(self.server.stopped(self.target.stepped()))
 
     def crashed(self, failure: GuestFailure) -> None:
@@ -3570,7 +3602,9 @@ class _Debugger:
 def _signal_of(failure: GuestFailure) -> int:
     """Choose the signal that gdb shows for *failure*."""
     if isinstance(failure, GuestAborted):
-        return _SIGABRT if failure.vector is None else _SIGNAL_OF_VECTOR.get(failure.vector, _SIGSEGV)
+        if failure.vector is None:
+            return _SIGSEGV if failure.code == ErrorCode.MallocFailed else _SIGABRT  # no stack left, mostly
+        return _SIGNAL_OF_VECTOR.get(failure.vector, _SIGSEGV)
     return _SIGILL if isinstance(failure, EmulationFailure) else _SIGSEGV
 
 
@@ -3606,6 +3640,7 @@ class _DebugTarget:
         self._patches: dict[int, tuple[SharedMemory, int, int]] = {}
         self._traps: dict[int, int] = {}
         self._stepping = False
+        self._trap_flag = False  # RFLAGS.TF is set, by us
         self._crash: GuestFailure | None = None
 
     # -- the lock (gdb_rsp.Idle) --
@@ -3627,11 +3662,12 @@ class _DebugTarget:
     def prepare(self, *, step: bool) -> None:
         """Arm debug registers, single step and traps for the next entry."""
         self._stepping = step
-        if self._reports_events:
+        if self._reports_events or not (step or self._patches or self._trap_flag):
             self._set_guest_debug(step)
             return
         at_cpl3 = self._vcpu.get_sregs().cs.dpl == 3
         self._set_guest_debug(step and not at_cpl3)
+        self._trap_flag = step and at_cpl3
         if at_cpl3:
             self._change_rflags(set_bits=Rflags.TF if step else 0, clear_bits=0 if step else Rflags.TF)
         self._set_traps()
@@ -3643,9 +3679,9 @@ class _DebugTarget:
         self._stepping = False
 
     @property
-    def steps_by_trap_flag(self) -> bool:
-        """Whether a step is under way that KVM does not watch over."""
-        return self._stepping and not self._reports_events and not self._control & kvm_abi.GuestDebug.SINGLESTEP
+    def steps_end_at_exits(self) -> bool:
+        """Whether a step over an OUT ends at its exit: where CPL 0 is emulated, RIP is past it by then."""
+        return self._stepping and not self._reports_events
 
     def stepped(self) -> gdb_rsp.Stop:
         """Return the stop of a step that ended outside the guest."""

@@ -1693,7 +1693,7 @@ def deny_msrs_except(indices: Iterable[int]) -> kvm_msr_filter:
     for entry, index in zip(msr_filter.ranges, allowed or [0], strict=False):
         entry.flags = MsrFilterAccess.READ | MsrFilterAccess.WRITE
         entry.base, entry.nmsrs = index, 1
-        entry.bitmap = (u8 * 1)(1 if allowed else 0)
+        entry.bitmap = (u8 * 8)(1 if allowed else 0)  # KVM copies whole 64-bit words
     return msr_filter
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ NON_CANONICAL = 1 << 63
 PRESENT, WRITE, USER, FETCH = 1, 2, 4, 16
 """Bits of a page fault's error code; whether USER is set depends on the guest's privilege."""
 BY_WHOM: list[Any] = ["guest", "host"]
+
+
+def needs_breakpoints() -> pytest.MarkDecorator:
+    """Return what an ``int3`` in the guest needs: where CPL 0 is emulated, kernel-mode code has none."""
+    elf = memory.GuestElf.parse(Path(hyperlight.find_guest("simpleguest")).read_bytes())
+    return require("kvm" if elf.user_mode is not None and elf.user_mode.user_mode else "real_cpl0")
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +119,35 @@ def test_half_an_abort_does_not_leak_into_the_next_call(sandbox: MultiUseSandbox
     sandbox.call("LeakAbortBytes")
     failure = abort_of(sandbox, "GuestAbortWithMessage", Int(25), "own text")
     assert (failure.code, failure.message) == (25, "own text")
+
+
+OVERRUN = """
+#include "hyperlight_guest.h"
+#include <string.h>
+
+__attribute__((noinline, optimize("stack-protector-all"))) static int32_t copy(const char *text) {
+    char buffer[16];
+    strcpy(buffer, text);
+    return buffer[0];
+}
+
+HYPERLIGHT_WRAP_FUNCTION(copy, Int, 1, String)
+void hyperlight_main(void) { HYPERLIGHT_REGISTER_FUNCTION("BufferOverrun", copy); }
+hl_Vec *c_guest_dispatch_function(const hl_FunctionCall *call) { (void)call; return NULL; }
+"""
+
+
+@require("gcc")
+def test_buffer_overrun_on_the_stack_is_noticed(tmp_path: Path) -> None:
+    """B.6/131: in a guest whose functions are compiled with a stack protector."""
+    source, guest = tmp_path / "overrun.c", tmp_path / "overrun"
+    source.write_text(OVERRUN)
+    assert hyperlight.main(["build", str(source), "-o", str(guest)]) == 0
+    with UninitializedSandbox(guest) as uninitialized, uninitialized.evolve() as sandbox:
+        assert sandbox.call("BufferOverrun", "fits") == ord("f")
+        with pytest.raises(GuestAborted) as caught:
+            sandbox.call("BufferOverrun", "x" * 100)
+    assert caught.value.code == ErrorCode.GsCheckFailed
 
 
 # -- no memory ---------------------------------------------------------------------------

@@ -294,6 +294,10 @@ def _image(user_mode: bool) -> bytes:
     return assemble_flat(source + body.replace("MEETING_BYTES", ",".join(map(str, _MEETING))))
 
 
+CODE = range(_BASE, _BASE + memory.PAGE_SIZE)
+"""Where the guest's instructions lie (gva)."""
+
+
 def privilege_note(*, resets_fpu: bool = True, takes_seed: bool = True) -> Section:
     """Return the note of a guest that runs at CPL 3 in all its pages."""
     flags = 1 | resets_fpu << 1 | takes_seed << 2
