@@ -912,14 +912,24 @@ class _Range(NamedTuple):
     size: int
 
 
-class _PointRequest(NamedTuple):
-    """``kind,addr,size`` and the conditions; `commands` if there are target-side commands as well."""
+class _Point(NamedTuple):
+    """A breakpoint or watchpoint: ``kind,addr,size``, conditions, and whether there were commands as well."""
 
     kind: int
     address: int
     size: int
     conditions: tuple[bytes, ...] = ()
     commands: bool = False
+    slots: tuple[HardwareBreakpoint, ...] = ()  # the debug registers that hold it; none for a software breakpoint
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What tells breakpoints apart. The size of an instruction breakpoint is only its kind (1 on x86)."""
+        return self.kind, self.address, 0 if self.kind in (0, 1) else self.size
+
+    def stops_at(self, address: int) -> bool:
+        """Say whether executing the instruction at *address* is what it waits for."""
+        return self.address == address and self.kind in (0, 1)
 
 
 class _Goal(NamedTuple):
@@ -962,7 +972,7 @@ def _parse_write(text: bytes) -> tuple[_Range, bytes]:
     return _parse_range(where), data
 
 
-def _parse_point(text: bytes) -> _PointRequest:
+def _parse_point(text: bytes) -> _Point:
     """``kind,addr,size[;X<length>,<code>...][;cmds:...]``"""
     where, _, options = text.partition(b";")
     kind, address, size = (_parse_number(field) for field in _parse_fields(where, 3))
@@ -975,7 +985,7 @@ def _parse_point(text: bytes) -> _PointRequest:
     rest = options[position:].strip(b";")
     if rest and not rest.startswith(b"cmds:"):
         raise _Malformed(f"{rest[:32]!r} is not a condition")
-    return _PointRequest(kind, address, size, tuple(conditions), bool(rest))
+    return _Point(kind, address, size, tuple(conditions), bool(rest))
 
 
 def _parse_resume(text: bytes) -> tuple[_Goal, int | None]:
@@ -1039,17 +1049,6 @@ class _Patches:
             _log.info("breakpoint not lifted: %s", error)
 
 
-class _Point(NamedTuple):
-    """A breakpoint or watchpoint. Debug registers hold it if there are `slots`, else it is a software one."""
-
-    request: _PointRequest
-    slots: tuple[HardwareBreakpoint, ...]
-
-    def stops_at(self, address: int) -> bool:
-        """Say whether executing the instruction at *address* is what it waits for."""
-        return self.request.address == address and self.request.kind in (0, 1)
-
-
 class _Breakpoints:
     """The debugger's list. Adding twice and removing twice are no errors: gdb retries."""
 
@@ -1064,22 +1063,22 @@ class _Breakpoints:
             self.access = target.hardware_access()
 
     def __bool__(self) -> bool:
-        return bool(self._points)
+        """Whether there is anything to insert, or a debug register to disarm."""
+        return bool(self._points or self._armed)
 
-    def add(self, request: _PointRequest) -> None:
+    def add(self, point: _Point) -> None:
         """Set a breakpoint; conditions replace those of before. Raises `TargetError` if it is impossible."""
-        key = _key(request)
-        old = self._points.get(key)
+        old = self._points.get(point.key)
         if old is None and len(self._points) >= _MOST_POINTS:
             raise TargetError(f"more than {_MOST_POINTS} breakpoints", errno.ENOSPC)
-        slots = old.slots if old is not None else self._place(request)
+        slots = old.slots if old is not None else self._place(point)
         if old is None and slots:  # now, while an error can still be reported
             self._arm((*self._all_slots(), *slots))
-        self._points[key] = _Point(request, slots)
+        self._points[point.key] = point._replace(slots=slots)
 
-    def remove(self, request: _PointRequest) -> None:
+    def remove(self, point: _Point) -> None:
         """Forget a breakpoint."""
-        self._points.pop(_key(request), None)
+        self._points.pop(point.key, None)
 
     def clear(self) -> None:
         """Forget them all, and disarm the debug registers."""
@@ -1100,7 +1099,7 @@ class _Breakpoints:
         wanted = [point for point in self._points.values() if skip is None or not point.stops_at(skip)]
         for point in wanted:
             if not point.slots:
-                self._insert(point.request.address)
+                self._insert(point.address)
         self._arm(tuple(slot for point in wanted for slot in point.slots))
 
     def lift(self) -> None:
@@ -1116,19 +1115,19 @@ class _Breakpoints:
         else:
             self._inserted.append(address)
 
-    def _place(self, request: _PointRequest) -> tuple[HardwareBreakpoint, ...]:
+    def _place(self, point: _Point) -> tuple[HardwareBreakpoint, ...]:
         """Try a new breakpoint out. An instruction that cannot be patched gets a debug register."""
-        if request.kind != _SOFTWARE:
-            return self._slots(_KINDS[request.kind], request.address, request.size)
+        if point.kind != _SOFTWARE:
+            return self._slots(_KINDS[point.kind], point.address, point.size)
         try:
-            self._planter.insert_breakpoint(request.address)
-            self._planter.remove_breakpoint(request.address)
+            self._planter.insert_breakpoint(point.address)
+            self._planter.remove_breakpoint(point.address)
         except TargetError as error:
             if Access.EXECUTE not in self.access:
                 raise
-            self._target.read_memory(request.address, 1)  # not even there: this raises
+            self._target.read_memory(point.address, 1)  # not even there: this raises
             _log.info("%s; using a debug register", error)
-            return self._slots(Access.EXECUTE, request.address, 1)
+            return self._slots(Access.EXECUTE, point.address, 1)
         return ()
 
     def _slots(self, access: Access, address: int, size: int) -> tuple[HardwareBreakpoint, ...]:
@@ -1150,11 +1149,6 @@ class _Breakpoints:
         if slots != self._armed:
             cast(HardwareBreakpoints, self._target).set_hardware_breakpoints(slots)
             self._armed = slots
-
-
-def _key(request: _PointRequest) -> tuple[int, int, int]:
-    """Tell breakpoints apart. The size of an instruction breakpoint is only its kind (1 on x86)."""
-    return request.kind, request.address, 0 if request.kind in (0, 1) else request.size
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1346,7 +1340,7 @@ class Session:
 
     def _breaks_at(self, address: int) -> bool:
         """Say whether a breakpoint there has no condition, a true one, or one that cannot be evaluated."""
-        conditions = [point.request.conditions for point in self._breakpoints.at(address)]
+        conditions = [point.conditions for point in self._breakpoints.at(address)]
         return any(not codes or any(self._is_true(code) for code in codes) for codes in conditions)
 
     def _is_true(self, condition: bytes) -> bool:
@@ -1354,8 +1348,8 @@ class Session:
 
     def _why(self, stop: Stop) -> tuple[bytes, bytes] | None:
         if self._is_instruction_stop(stop):
-            kinds = {point.request.kind for point in self._breakpoints.at(self._rip() or 0)}
-            # By what the debugger set, not by what was used: gdb ignores a hwbreak where it set a Z0.
+            kinds = {point.kind for point in self._breakpoints.at(self._rip() or 0)}
+            # What the debugger set, not what was used for it: gdb ignores a hwbreak where it set a Z0.
             return (b"hwbreak", b"") if kinds == {1} else (b"swbreak", b"")
         slot = self._breakpoints.slot(stop.slot)
         if stop.reason is not Reason.HARDWARE or slot is None:
@@ -1643,14 +1637,14 @@ class Session:
 
     def _on_insert(self, arguments: bytes) -> bytes:
         """``Z0``, ``Z1``, ``Z2``, ``Z4``; *arguments* begins with the digit."""
-        request = _parse_point(arguments)
-        if request.kind in _KINDS and _KINDS[request.kind] not in self._breakpoints.access:
+        point = _parse_point(arguments)
+        if point.kind in _KINDS and _KINDS[point.kind] not in self._breakpoints.access:
             return b""  # gdb then finds another way, or says so
-        if request.commands:
+        if point.commands:
             raise TargetError("commands on the target's side are not supported", errno.EOPNOTSUPP)
-        if request.kind in (2, 4) and request.size == 0:
+        if point.kind in (2, 4) and point.size == 0:
             raise _Malformed("nothing to watch")
-        self._breakpoints.add(request)
+        self._breakpoints.add(point)
         return _OK
 
     def _on_remove(self, arguments: bytes) -> bytes:
@@ -1664,7 +1658,7 @@ class Session:
     def _on_features(self, arguments: bytes) -> bytes:
         annex = arguments.partition(b":")[0]
         if annex != b"target.xml":
-            return b"E00"
+            return b"E00"  # the manual's word for an unknown annex
         return _window(target_description(self._groups).encode(), arguments)
 
     def _on_exec_file(self, arguments: bytes) -> bytes:
@@ -2043,12 +2037,14 @@ class DebugServer:
 
         entered()           a guest call begins; returns how. Nearly free while no debugger wants anything
         stopped(stop)       the guest has stopped; returns when and how it goes on
-        attend()            KVM_RUN was interrupted, or is about to begin, and `attention` is true
+        attend()            the guest was interrupted, or is about to be entered, and `attention` is true
         left()              the guest call is over, the machine not yet released
         released()          the machine's lock has been released, after a guest call or anything else
         exited(status)      the guest will not run again
 
-    Resume.KILL as an answer means: end the guest call with an error.
+    Resume.KILL as an answer means: end the guest call with an error. After CONTINUE, `attached` tells whether the
+    debugger wants the guest to go on, or has gone. All of these belong to one thread at a time; `attention`,
+    `attached`, `wait_for_client` and `close` may be used on any.
 
     Raises:
         ListenError: the address cannot be used.
@@ -2092,7 +2088,9 @@ class DebugServer:
 
         A debugger that was idle when it said ``stepi`` gets Resume.STEP here.
         """
-        return self.attend() if self._inbox else self._resume()
+        if self._inbox or (self._session is not None and self._session.waiting):
+            return self.attend()
+        return self._resume()
 
     def attend(self) -> Resume:
         """Execute what has arrived while the guest stands still; return how to go on.
@@ -2169,8 +2167,11 @@ class DebugServer:
 
     def _serve(self, stop: Stop) -> Resume:
         """Execute the inbox, waiting for more as long as the session does."""
-        while (item := self._next(wait=True)) is not None:
-            self._execute(item, stop)
+        try:
+            while (item := self._next(wait=True)) is not None:
+                self._execute(item, stop)
+        finally:
+            self._serving = False  # also after a KeyboardInterrupt, for instance
         return self._resume()
 
     def _serve_idle(self) -> None:
@@ -2240,7 +2241,11 @@ class DebugServer:
             self._summon()
 
     def _on_connection(self) -> None:
-        connection, _ = cast(_Listener, self._listener).socket.accept()
+        try:
+            connection, _ = cast(_Listener, self._listener).socket.accept()
+        except OSError as error:
+            _log.warning("a connection was lost before it was accepted: %s", error)
+            return
         if self._reader is None:
             self._connect(_Client.over_socket(connection))
         else:
@@ -2287,12 +2292,16 @@ class DebugServer:
 
     def _refuse(self, connection: socket.socket) -> None:
         """Answer the first packet of a second debugger with an error, and drop what else it says."""
-        if len(self._refused) == _MOST_REFUSED:
+        try:
+            if len(self._refused) == _MOST_REFUSED:
+                raise ConnectionRefusedError("too many at a time")
+            connection.setblocking(False)
+            connection.send(b"+" + encode(_REFUSAL))
+            connection.shutdown(socket.SHUT_WR)  # closing outright would throw the answer away
+        except OSError as error:
+            _log.debug("refused connection: %s", error)
             connection.close()
             return
-        connection.setblocking(False)
-        connection.send(b"+" + encode(_REFUSAL))
-        connection.shutdown(socket.SHUT_WR)  # closing outright would throw the answer away with the unread question
         self._refused.add(connection)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._drain(connection))
 
@@ -2356,6 +2365,7 @@ class _Listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
             listener.listen()
+            listener.setblocking(False)
         except OSError:
             listener.close()
             raise
@@ -2369,6 +2379,7 @@ class _Listener:
             os.fchmod(listener.fileno(), 0o600)  # before bind: the file is never open to others
             listener.bind(path)
             listener.listen()
+            listener.setblocking(False)
         except OSError:
             listener.close()
             raise
@@ -2388,7 +2399,8 @@ def _remove_stale(path: str) -> None:
             return  # bind will say that the name is taken
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    # A datagram socket cannot connect to a listener (EPROTOTYPE), so that a live one does not notice the question.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         if probe.connect_ex(path) == errno.ECONNREFUSED:
             os.unlink(path)
 

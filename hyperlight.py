@@ -72,6 +72,7 @@ from memory import (
     Int,
     InvalidFlatBuffer,
     IoStackError,
+    IoStackFull,
     LayoutError,
     Long,
     MemoryRegionFlags,
@@ -80,6 +81,7 @@ from memory import (
     MmapFailed,
     PageTableError,
     ParameterType,
+    PhysicalFault,
     ReturnType,
     SandboxMemoryLayout,
     SharedMemory,
@@ -91,6 +93,7 @@ from memory import (
 
 if typing.TYPE_CHECKING:
     import argparse  # imported by `main` when the command line needs it
+    import subprocess
 
     import gdb_rsp  # imported when a debugger is wanted
 
@@ -132,6 +135,7 @@ __all__ = [
     "InvalidFlatBuffer",
     "InvalidPort",
     "IoStackError",
+    "IoStackFull",
     "KvmError",
     "LayoutError",
     "Long",
@@ -153,6 +157,7 @@ __all__ = [
     "PageTableError",
     "ParameterType",
     "ParameterValueConversionFailure",
+    "PhysicalFault",
     "PlatformState",
     "PoisonedSandbox",
     "ReturnType",
@@ -3723,7 +3728,7 @@ class _DebugTarget:
         if step:
             control |= flags.SINGLESTEP
         wanted = (control, tuple(self._hardware))
-        if wanted == self._armed:
+        if wanted == self._armed and not step:  # KVM forgets a step when RIP is set
             return
         debug = kvm_abi.kvm_guest_debug(control=control)
         for slot, breakpoint_ in enumerate(self._hardware):
@@ -4193,18 +4198,24 @@ class _CommandError(HyperlightError):
         self.details = details
 
 
-_STATUS_OF: tuple[tuple[type[HyperlightError], _Status], ...] = (
-    (NoHypervisorFound, _Status.NO_KVM),
-    (GuestError, _Status.GUEST_FAILED),
-    (GuestFailure, _Status.GUEST_FAILED),
-    (memory.InvalidFlatBuffer, _Status.GUEST_FAILED),
-    (GuestBinaryNotFound, _Status.BAD_INPUT),
-    (memory.ElfError, _Status.BAD_INPUT),
-    (LayoutError, _Status.BAD_INPUT),
-    (memory.ValueRangeError, _Status.BAD_INPUT),
-    (IoStackError, _Status.BAD_INPUT),
-    (HyperlightError, _Status.HOST_FAILED),
+_OUTCOMES: tuple[tuple[type[HyperlightError], _Status, str], ...] = (
+    (NoHypervisorFound, _Status.NO_KVM, ""),
+    (GuestError, _Status.GUEST_FAILED, ""),
+    (GuestFailure, _Status.GUEST_FAILED, ""),
+    (memory.InvalidFlatBuffer, _Status.GUEST_FAILED, ""),
+    (GuestBinaryNotFound, _Status.BAD_INPUT, "; a guest is a file, or hello or simpleguest, which are included"),
+    (memory.ElfError, _Status.BAD_INPUT, ""),
+    (LayoutError, _Status.BAD_INPUT, "; change --heap-size, --scratch-size, --input-size or --output-size"),
+    (memory.ValueRangeError, _Status.BAD_INPUT, ""),
+    (memory.IoStackFull, _Status.BAD_INPUT, "; make room with --input-size"),
+    (IoStackError, _Status.GUEST_FAILED, ""),
+    (HyperlightError, _Status.HOST_FAILED, ""),
 )
+"""What an error means for the user: the exit status, and what to add to its text. The first row counts."""
+
+
+def _outcome_of(error: HyperlightError) -> tuple[_Status, str]:
+    return next((status, advice) for kind, status, advice in _OUTCOMES if isinstance(error, kind))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4222,8 +4233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        return _leave_broken_pipe()
+    except OSError as error:
+        return _output_failed(error)
     return status
 
 
@@ -4234,33 +4245,42 @@ def _run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return _Status.INTERRUPTED
-    except BrokenPipeError:
-        return _leave_broken_pipe()
     except HyperlightError as error:
-        if _is_caused_by(error, BrokenPipeError):
-            return _leave_broken_pipe()
+        if (failed := _output_error_behind(error)) is not None:
+            return _output_failed(failed)
         _logger.debug("where it came from", exc_info=error)
-        details = error.details if isinstance(error, _CommandError) else ()
-        _complain(str(error), *details)
         if isinstance(error, _CommandError):
+            _complain(str(error), *error.details)
             return error.status
-        return next(status for kind, status in _STATUS_OF if isinstance(error, kind))
+        status, advice = _outcome_of(error)
+        _complain(str(error), advice=advice)
+        return status
     except OSError as error:
-        _complain(f"the output cannot be written: {error.strerror or error}")
-        return _Status.HOST_FAILED
+        return _output_failed(error)
 
 
-def _is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    while error is not None and not isinstance(error, kind):
+class _OutputError(OSError):
+    """Standard output cannot be written."""
+
+
+def _output_error_behind(error: BaseException | None) -> _OutputError | None:
+    """Return the failure of a guest's HostPrint that led to *error*, if that is how it came."""
+    while error is not None and not isinstance(error, _OutputError):
         error = error.__cause__
-    return error is not None
+    return error
 
 
-def _leave_broken_pipe() -> int:
-    """Send what is left of the output nowhere, or the interpreter would complain at its exit."""
+def _output_failed(error: OSError) -> _Status:
+    """Say that standard output cannot be written, unless its reader just went away.
+
+    What is left of the output goes nowhere, or the interpreter would complain at its exit.
+    """
     with contextlib.suppress(OSError, ValueError):  # standard output may not be a file at all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return _Status.BROKEN_PIPE
+    if error.errno == errno.EPIPE:
+        return _Status.BROKEN_PIPE
+    _complain(f"the output cannot be written: {error.strerror or error}")
+    return _Status.HOST_FAILED
 
 
 # -- text that leaves ----------------------------------------------------------------------
@@ -4275,9 +4295,9 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
-def _complain(headline: str, *details: str) -> None:
+def _complain(headline: str, *details: str, advice: str = "") -> None:
     """Print the error line, and below it, indented, what a crashed guest said."""
-    lines = [f"hyperlight: error: {_escaped(headline)}", *(f"    {_escaped(line)}" for line in details)]
+    lines = [f"hyperlight: error: {_escaped(headline)}{advice}", *(f"    {_escaped(line)}" for line in details)]
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -4285,9 +4305,12 @@ def _put(output: str | bytes) -> None:
     """Write to standard output: text as UTF-8 whatever the locale, bytes as they are."""
     if sys.stdout is not None:
         data = output if isinstance(output, bytes) else output.encode("utf-8", "backslashreplace")
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            raise _OutputError(error.errno, error.strerror) from error
 
 
 @contextlib.contextmanager
@@ -4326,9 +4349,9 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         result = _call_guest(arguments, "Main", arguments.arguments)
     except GuestError as error:
-        if error.code is ErrorCode.GuestFunctionNotFound:
-            return _Status.OK
-        raise
+        if not _is_unknown(error, "Main"):
+            raise
+        return _Status.OK
     if isinstance(result, int) and not isinstance(result, bool):
         return result if 0 <= result <= 255 else 255
     _put_result(result)
@@ -4341,11 +4364,16 @@ def _call(arguments: argparse.Namespace) -> int:
     try:
         _put_result(_call_guest(arguments, arguments.function, values))
     except GuestError as error:
-        if error.code is not ErrorCode.GuestFunctionNotFound:
+        if not _is_unknown(error, arguments.function):
             raise
         message = f"the guest {arguments.guest} has no function {arguments.function}"
         raise _CommandError(_Status.GUEST_FAILED, message) from error
     return _Status.OK
+
+
+def _is_unknown(error: GuestError, function: str) -> bool:
+    """Whether *error* is the guest's way to say that it has no *function* (abi.md 7.2)."""
+    return error.code is ErrorCode.GuestFunctionNotFound and function in error.message
 
 
 def _gdb(arguments: argparse.Namespace) -> int:
@@ -4422,13 +4450,14 @@ def _call_configured(
             raise _CommandError(_Status.TIMED_OUT, message) from None
         except KeyboardInterrupt:
             place = _place(elf, guest.stop())
-            raise _CommandError(_Status.INTERRUPTED, f"interrupted: the guest was stopped{place}") from None
+            raise _CommandError(_Status.INTERRUPTED, f"interrupted{place}") from None
         except GuestFailure as failure:
-            headline, *details = str(failure).split("\n")
+            headline, *details = str(failure).rstrip().split("\n")
+            if place := _place(elf, _registers_of(failure)):
+                details.append(f"stopped{place}")
             if failure.core_dump is not None:
                 details.append(f"core dump: {failure.core_dump}")
-            place = _place(elf, _registers_of(failure))
-            raise _CommandError(_Status.GUEST_FAILED, headline + place, *details) from failure
+            raise _CommandError(_Status.GUEST_FAILED, headline, *details) from failure
 
 
 class _GuestThread(threading.Thread):
@@ -4509,7 +4538,7 @@ def _print_plainly(text: str) -> Int:
 def _put_result(result: Any) -> None:
     """Print a result in a line of its own; bytes as they are, or in hex on a terminal; Void not at all."""
     if isinstance(result, bytes):
-        _put(result.hex() + "\n" if sys.stdout.isatty() else result)
+        _put(result.hex() + "\n" if sys.stdout is not None and sys.stdout.isatty() else result)
     elif isinstance(result, bool):
         _put(f"{result}\n".lower())
     elif result is not None:
@@ -4598,7 +4627,7 @@ def _bytes_of_file(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise _CommandError(_Status.BAD_INPUT, f"{path} cannot be read: {error.strerror}") from error
+        raise _CommandError(_Status.BAD_INPUT, f"'{path}' cannot be read: {error.strerror}") from error
 
 
 _SIZE = r"(?i)(0x[0-9a-f]{1,16}|[0-9]{1,20})(?:([KMG])(?:iB)?)?"
@@ -4787,7 +4816,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         _examine_boot()
     except HyperlightError as error:
         _put_check("FAIL", str(error))
-        status = next(status for kind, status in _STATUS_OF if isinstance(error, kind))
+        status, _ = _outcome_of(error)
     _put("\n")
     for found, name, purpose, advice in _tools():
         _put_check("ok" if found else "--", f"{name}: {purpose}" + ("" if found else f"; {advice}"))
@@ -4864,7 +4893,7 @@ def _tools() -> Iterator[tuple[bool, str, str, str]]:
 
     for name, purpose in (("gcc", "'hyperlight build' compiles guests"), ("gdb", "looks into guests")):
         yield shutil.which(name) is not None, name, purpose, f"to have it: apt install {name}"
-    found = _musl_archive() is not None
+    found = _installed_musl() is not None
     yield found, "musl", "the C library for guests beyond the SDK's own", "to have it: apt install musl-dev"
 
 
@@ -4875,57 +4904,73 @@ def _build(arguments: argparse.Namespace) -> int:
     """Compile C files and link them with the guest SDK."""
     import tempfile
 
-    output, guests = os.path.abspath(arguments.output), _sdk_parent()
-    include = ["-I", os.path.join(guests, "sdk"), f"-ffile-prefix-map={guests}=."]
+    gcc, output = _Gcc(_sdk_parent()), os.path.abspath(arguments.output)
     with tempfile.TemporaryDirectory() as directory:
-        objects = [os.path.join(directory, f"{name.partition('.')[0]}.o") for name, _ in _SDK_SOURCES]
-        for (name, flags), compiled in zip(_SDK_SOURCES, objects, strict=True):
-            source = os.path.join(guests, "sdk", name)
-            _gcc([*_SDK_FLAGS, *flags, *include, "-c", source, "-o", compiled], guests, source)
-        for number, file in enumerate(arguments.sources):
+        objects = []
+        for name, flags in _SDK_SOURCES:  # the linker script knows kernel.o by that name
+            objects.append(os.path.join(directory, f"{os.path.splitext(name)[0]}.o"))
+            gcc.compile(os.path.join(gcc.sdk, name), [*_SDK_FLAGS, *flags], objects[-1])
+        for number, source in enumerate(arguments.sources):
             objects.append(os.path.join(directory, f"{number}.guest.o"))
-            _compile_guest(file, [*_GUEST_FLAGS, *include, "-o", objects[-1]], guests)
-        script = f"-Wl,-T,{os.path.join(guests, 'sdk', 'guest.ld')}"
-        archive = _musl_archive()
-        libraries = [] if archive is None else [archive]
-        _gcc([*_LINK_FLAGS, script, *objects, *libraries, "-o", output], guests, arguments.output)
+            gcc.compile_guest(source, objects[-1])
+        gcc.link(objects, output)
     return _Status.OK
 
 
-def _compile_guest(file: str, flags: Sequence[str], guests: str) -> None:
-    """Compile a guest's source, with SSE only where it computes with floating point."""
-    command = [*flags, "-c", os.path.abspath(file)]
-    try:
-        _gcc([*_INTEGER_ONLY, *command], guests, file, retried_if="SSE")
-    except _NeedsRetry:
-        _gcc(command, guests, file)
+class _Gcc:
+    """gcc, run in the SDK's parent directory: debug information does not depend on the user's own."""
 
+    def __init__(self, directory: str) -> None:
+        self.sdk = os.path.join(directory, "sdk")
+        self._directory = directory
+        self._common = ("-I", self.sdk, f"-ffile-prefix-map={directory}=.")
+        self._libraries: list[str] = []
+        self._headers: list[str] = []
+        if (musl := _installed_musl()) is not None:
+            own_headers = os.fsdecode(self._run(["-print-file-name=include"]).stdout).strip()
+            self._libraries = [musl.archive]
+            self._headers = ["-nostdinc", "-isystem", musl.headers, "-isystem", own_headers]
 
-class _NeedsRetry(Exception):
-    """gcc failed for a reason that its caller can do something about."""
+    def compile(self, source: str, flags: Sequence[str], output: str) -> None:
+        """Compile the file *source*, an absolute path. Raises ``_CommandError`` where that fails."""
+        self._check(self._try(source, flags, output), f"{source} does not compile")
 
+    def compile_guest(self, source: str, output: str) -> None:
+        """Compile a guest's file, with SSE only where it computes with floating point."""
+        _bytes_of_file(source)  # one line instead of gcc's
+        flags = [*_GUEST_FLAGS, *self._headers]
+        compiled = self._try(os.path.abspath(source), [*_INTEGER_ONLY, *flags], output)
+        if compiled.returncode and b"SSE" in compiled.stderr:
+            compiled = self._try(os.path.abspath(source), flags, output)
+        self._check(compiled, f"{source} does not compile")
 
-def _gcc(flags: Sequence[str], guests: str, product: str, *, retried_if: str | None = None) -> None:
-    """Run gcc and show what it says. Raises ``_CommandError`` if it fails or is not there.
+    def link(self, objects: Sequence[str], output: str) -> None:
+        """Link *objects* to a guest. Raises ``_CommandError`` where that fails."""
+        script = f"-Wl,-T,{os.path.join(self.sdk, 'guest.ld')}"
+        linked = self._run([*_LINK_FLAGS, script, *objects, *self._libraries, "-o", output])
+        hint = "" if self._libraries else "; more of the C library comes with musl: apt install musl-dev"
+        self._check(linked, f"{output} cannot be linked", hint)
 
-    It runs in *guests*, so that debug information does not depend on the user's directory. Raises
-    ``_NeedsRetry``, showing nothing, if it fails and says *retried_if*.
-    """
-    import subprocess
+    def _try(self, source: str, flags: Sequence[str], output: str) -> subprocess.CompletedProcess[bytes]:
+        return self._run([*flags, *self._common, "-c", source, "-o", output])
 
-    try:
-        environment = {**os.environ, "LC_ALL": "C"}  # what gcc says is looked at
-        done = subprocess.run(["gcc", *flags], cwd=guests, stderr=subprocess.PIPE, env=environment, check=False)
-    except FileNotFoundError as error:
-        raise _CommandError(
-            _Status.HOST_FAILED, "gcc is not installed, which compiles guests: apt install gcc"
-        ) from error
-    said = done.stderr.decode("utf-8", "replace")
-    if done.returncode and retried_if is not None and retried_if in said:
-        raise _NeedsRetry
-    sys.stderr.write(said)
-    if done.returncode:
-        raise _CommandError(_Status.GUEST_FAILED, f"{product} does not compile: gcc says above why")
+    def _check(self, done: subprocess.CompletedProcess[bytes], failure: str, hint: str = "") -> None:
+        """Show what gcc said, and raise ``_CommandError`` if it failed."""
+        sys.stderr.write(done.stderr.decode("utf-8", "replace"))
+        if done.returncode:
+            raise _CommandError(_Status.GUEST_FAILED, f"{failure}: gcc says above why{hint}")
+
+    def _run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+        import subprocess
+
+        environment = {**os.environ, "LC_ALL": "C"}  # what it says is looked at
+        try:
+            return subprocess.run(
+                ["gcc", *arguments], cwd=self._directory, env=environment, capture_output=True, check=False
+            )
+        except FileNotFoundError as error:
+            message = "gcc is not installed, which compiles guests: apt install gcc"
+            raise _CommandError(_Status.HOST_FAILED, message) from error
 
 
 def _sdk_parent() -> str:
@@ -4938,11 +4983,23 @@ def _sdk_parent() -> str:
     )
 
 
-def _musl_archive() -> str | None:
-    return next((archive for archive in _MUSL_ARCHIVES if os.path.isfile(archive)), None)
+class _Musl(typing.NamedTuple):
+    """Where a C library for guests may be installed."""
+
+    archive: str
+    headers: str
 
 
-_MUSL_ARCHIVES = ("/usr/lib/x86_64-linux-musl/libc.a", "/usr/lib/musl/lib/libc.a", "/usr/local/musl/lib/libc.a")
+_MUSLS = (
+    _Musl("/usr/lib/x86_64-linux-musl/libc.a", "/usr/include/x86_64-linux-musl"),  # Debian
+    _Musl("/usr/lib/musl/lib/libc.a", "/usr/lib/musl/include"),
+    _Musl("/usr/local/musl/lib/libc.a", "/usr/local/musl/include"),  # its own default
+)
+
+
+def _installed_musl() -> _Musl | None:
+    return next((musl for musl in _MUSLS if os.path.isfile(musl.archive)), None)
+
 
 # fmt: off
 _INTEGER_ONLY = ("-mgeneral-regs-only",)

@@ -136,6 +136,7 @@ __all__ = [
     "InvalidFlatBuffer",
     "IoStack",
     "IoStackError",
+    "IoStackFull",
     "KeyValue",
     "LayoutError",
     "Leaf",
@@ -201,6 +202,21 @@ __all__ = [
 
 class HyperlightError(Exception):
     """Root of every error that this project raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes as what it is, not by way of a constructor with other arguments."""
+        arguments = self.args
+        if isinstance(self, OSError):
+            arguments = (self.errno, self.strerror, *([] if self.filename is None else [self.filename]))
+        return _rebuilt_error, (type(self), arguments, self.__dict__)
+
+
+def _rebuilt_error(kind: type[HyperlightError], arguments: tuple[Any, ...], state: dict[str, Any]) -> HyperlightError:
+    error = kind.__new__(kind, *arguments)  # an OSError takes them here or below
+    base: type[BaseException] = OSError if issubclass(kind, OSError) else Exception
+    base.__init__(error, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class LayoutError(HyperlightError, ValueError):
@@ -287,6 +303,10 @@ class GuestBinVersionMismatch(ElfError):
 
 class IoStackError(HyperlightError):
     """An input or output buffer is corrupt or full. Spec: abi.md 9."""
+
+
+class IoStackFull(IoStackError):
+    """A message is too large for its buffer."""
 
 
 class InvalidFlatBuffer(HyperlightError, ValueError):
@@ -1636,11 +1656,13 @@ class _Walker:
 
     def leaves(self, table: int, level: int, base: int, rights: _Rights) -> Iterator[Leaf]:
         """Yield the runs of one table and those under it; `base` is the 48-bit address it begins at."""
+        entries = self._read_table(table)
+        if entries is None:  # not counted: there can be no more of these than entries in tables that are
+            return
         if self._tables_left <= 0:
             raise PageTableError(f"more than {self._max_tables} page tables under CR3")
         self._tables_left -= 1
-        entries = self._read_table(table)
-        if entries is None or entries == _EMPTY_TABLE:
+        if entries == _EMPTY_TABLE:
             return
         if level == 1:
             yield from _leaf_runs(entries, base, rights)
@@ -2238,7 +2260,8 @@ class IoStack:
         """Put a message on top. One of less than 8 bytes could not be popped again.
 
         Raises:
-            IoStackError: the stack pointer is not inside the buffer, or the message does not fit.
+            IoStackError: the stack pointer is not inside the buffer.
+            IoStackFull: the message does not fit.
         """
         memory, base, size = self._memory, self._base, self._size
         top = memory.read_u64(base)
@@ -2249,7 +2272,7 @@ class IoStack:
             )
         end = top + len(data)
         if end + 8 > size:
-            raise IoStackError(
+            raise IoStackFull(
                 f"Not enough space in buffer to push data. Required: {len(data) + 8}, Available: {size - top}"
             )
         memory.write(base + top, data)

@@ -258,24 +258,21 @@ def _pack_result(value: Any) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 1 and one line for whatever goes wrong."""
+    """Run the command and return its exit status: 1, and a message that says why, for whatever goes wrong."""
     arguments = _parser().parse_args(argv)
+    code = sys.stdin.read() if arguments.code == "-" else arguments.code
     try:
-        code = sys.stdin.read() if arguments.code == "-" else arguments.code
         with JavaScript(_guest(arguments), {"host": {"add": lambda a, b: a + b}}) as js:
-            if arguments.event is None:
-                value = js.evaluate(code)
-            else:
+            if "event" in arguments:
                 js.register("handler", code)
-                value = js.call("handler", json.loads(arguments.event))
-        if value is not None:
-            print(json.dumps(value))
-    except GuestError as error:
-        print(f"javascript: {error.message}", file=sys.stderr)
+                value = js.call("handler", arguments.event)
+            else:
+                value = js.evaluate(code)
+    except HyperlightError as error:
+        print(f"javascript: {error.message if isinstance(error, GuestError) else error}", file=sys.stderr)
         return 1
-    except (HyperlightError, json.JSONDecodeError) as error:
-        print(f"javascript: {error}", file=sys.stderr)
-        return 1
+    if value is not None:
+        print(json.dumps(value))
     return 0
 
 
@@ -285,11 +282,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate JavaScript in a micro-VM. import('host') has the function add of this process.",
     )
     parser.add_argument("code", help="JavaScript, or - to read it from standard input")
-    parser.add_argument("--event", metavar="JSON", help="take CODE as a module: call its handler with this event")
+    parser.add_argument(
+        "--event",
+        metavar="JSON",
+        type=_json,
+        default=argparse.SUPPRESS,
+        help="take CODE as a module: call its handler with this event",
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--guest", metavar="ELF", help="the guest (default: the pinned one, fetched through pip)")
     choice.add_argument("--release", choices=CONVENTIONS, default="0.17.0", help="of the pinned guest (%(default)s)")
     return parser
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
 
 
 def _guest(arguments: argparse.Namespace) -> StrPath:

@@ -116,7 +116,7 @@ ECHOES: dict[str, tuple[st.SearchStrategy[Any], Any]] = {
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_of_any_type_comes_back(shared: MultiUseSandbox, function: str, data: st.DataObject) -> None:
-    """B.5/100."""
+    """B.5/100, B.21/279."""
     values, returns = ECHOES[function]
     value = data.draw(values)
     assert shared.call(function, value, returns=returns) == value

@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdb_rsp import PACKET_SIZE, Event, Link, Packet, PacketDecoder, encode
@@ -137,6 +137,7 @@ def test_rle_never_repeats_the_second_byte_of_an_escape():
 SMALL_ALPHABET = st.lists(st.sampled_from(list(b"}*#$\x03]a\x00")), max_size=300).map(bytes)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(max_size=500), SMALL_ALPHABET), st.data())
 def test_round_trip_of_every_byte_at_every_split(payload, data):
     wire = encode(payload)
@@ -150,6 +151,7 @@ WIRE_PIECES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(WIRE_PIECES, max_size=30).map(b"".join), st.randoms(use_true_random=False))
 def test_any_input_means_the_same_however_it_is_cut(stream, chance):
     pieces, rest = [], stream
@@ -160,6 +162,7 @@ def test_any_input_means_the_same_however_it_is_cut(stream, chance):
     assert decode(stream) == decode(*pieces)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_a_packet_after_any_garbage_is_found(garbage):
     garbage = garbage.replace(b"#", b"")  # a '#' could swallow the two bytes after it as its checksum

@@ -22,6 +22,12 @@ COMPILER = "12.2.0"
 """The bytes depend on the compiler; this is the one that made them, of Debian 12."""
 
 
+@pytest.fixture(autouse=True)
+def without_musl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prebuilt guests use nothing of it, and were built without its headers."""
+    monkeypatch.setattr("hyperlight._MUSLS", ())
+
+
 @require("gcc")
 @pytest.mark.parametrize("guest", SOURCES)
 def test_prebuilt_guest_comes_out_of_its_sources(guest: str, tmp_path: Path) -> None:
