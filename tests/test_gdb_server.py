@@ -38,7 +38,6 @@ TIMEOUT_S = 30
 TOY = REPOSITORY / "examples" / "gdb_toy_target.py"
 
 
-
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test after which a file descriptor is open or a thread is alive."""
@@ -777,7 +776,7 @@ def test_gdb_finds_symbols_by_itself_and_breaks_steps_finishes_and_unwinds(progr
 
 
 @marked
-def test_gdb_over_a_pipe(program):
+def test_gdb_over_a_pipe():
     """`target remote | command`: no port and no race."""
     output = gdb(
         f"| {sys.executable} {TOY} stdio",
