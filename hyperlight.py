@@ -1391,8 +1391,9 @@ class InterruptHandle:
 
     def _kick(self) -> None:
         assert self._page is not None and self._thread is not None
-        self._page[_IMMEDIATE_EXIT] = 1
-        signal.pthread_kill(self._thread, self._signal)
+        if not self._page[_IMMEDIATE_EXIT]:  # one signal does it; more would fill the kernel's queue
+            self._page[_IMMEDIATE_EXIT] = 1
+            signal.pthread_kill(self._thread, self._signal)
 
     def _begin(self) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ mark: the test is skipped with the reason, or fails with it when the environment
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import threading
@@ -87,6 +88,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves behind an open file descriptor, a mapping or a thread."""
+    gc.collect()
     before = process_resources()
     yield
     after = process_resources()

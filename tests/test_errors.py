@@ -261,7 +261,7 @@ def test_outcome(sandbox: MultiUseSandbox, file: Path, name: str) -> None:
 
 
 def test_poisoned_sandbox_refuses_everything_but_restore(sandbox: MultiUseSandbox, file: Path) -> None:
-    """A.5: calls, snapshots and mappings; the handle, the status and the restore work."""
+    """B.9/163-166, features.md A.5: the handle, the status and the restore work."""
     before = sandbox.snapshot()
     with pytest.raises(GuestAborted):
         sandbox.call("Abort")

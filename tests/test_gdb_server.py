@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import select
@@ -41,6 +42,7 @@ TOY = REPOSITORY / "examples" / "gdb_toy_target.py"
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test after which a file descriptor is open or a thread is alive."""
+    gc.collect()  # what earlier tests left lying about must not go in between
     before = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
     yield
     assert (set(os.listdir("/proc/self/fd")), set(threading.enumerate())) == before
