@@ -2122,12 +2122,12 @@ class _Guest:
 
         Raises ``_MemoryLost`` where the VM may be left without its memory.
         """
+        for gpa in list(self._regions):  # first: the memory's view that knows them may be replaced
+            self._unmap_region(gpa)
         if snapshot is self.snapshot:
             self._ram.reset()
         else:
             self._replace_ram(snapshot)
-        for gpa in list(self._regions):
-            self._unmap_region(gpa)
         self._reset(snapshot)
 
     def _reset(self, snapshot: Snapshot) -> None:
