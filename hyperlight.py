@@ -1500,9 +1500,9 @@ def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Sn
     layout.check()
     tables = memory.build_page_tables(
         layout,
-        memory.image_leaves(layout, elf.user_mode),
+        memory.image_leaves(layout, elf.privilege),
         copy_on_write=config.copy_on_write,
-        user_io=_is_user_mode(elf),
+        user_io=elf.privilege.user_mode,
     )
     layout = layout.with_pt_size(len(tables))
     pieces: list[tuple[int, bytes | bytearray]] = [
@@ -1519,10 +1519,6 @@ def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Sn
         entry=BASE_ADDRESS + elf.entry,
         stack_top=elf.exception_stack_top_gva - 8,
     )
-
-
-def _is_user_mode(elf: GuestElf) -> bool:
-    return elf.user_mode is not None and elf.user_mode.user_mode
 
 
 # ======================================================================================
@@ -1582,6 +1578,8 @@ class _Ram:
         if self.snapshot.elf.version not in (None, "0.14.0"):
             scratch.write_u64(end - memory.SCRATCH_TOP_SNAPSHOT_PT_BASE, layout.pt_base_gpa)
             scratch.write_u64(end - memory.SCRATCH_TOP_GENERATION, self.snapshot.generation)
+        elif self.snapshot.elf.privilege.user_mode:
+            scratch.write_u64(end - memory.SCRATCH_TOP_IMAGE_END, BASE_ADDRESS + layout.snapshot_size)
         self.input.reset()
         self.output.reset()
 
@@ -1644,7 +1642,7 @@ class _Guest:
         self._abort_bytes = bytearray()
         self._entry_registers = self._next_entry_registers = b""
         self.host_failure: BaseException | None = None
-        self._resets_fpu_for_guest = snapshot.elf.user_mode is None or not snapshot.elf.user_mode.resets_fpu
+        self._resets_fpu_for_guest = not snapshot.elf.privilege.resets_fpu
         self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
         self._files: dict[int, SharedMemory] = {}
         with contextlib.ExitStack() as undo:
@@ -1752,6 +1750,7 @@ class _Guest:
                 metrics.guest_call_duration.observe((time.perf_counter_ns() - begin) / 1e9, function_name=name)
 
     def _begin_call(self, message: bytes) -> None:
+        self._ram.input.reset()  # whatever the guest has left there
         self._ram.input.push(message)
         self.vm.load(self._entry_registers)
         if self._resets_fpu_for_guest:
@@ -1790,7 +1789,7 @@ class _Guest:
         elf = self.snapshot.elf
         if elf.version == "0.17.0":
             self._ram.scratch.write_u64(self._ram.scratch.size - memory.SCRATCH_TOP_RNG_SEED, request)
-        return request if elf.user_mode is not None and elf.user_mode.takes_seed else 0
+        return request if elf.privilege.takes_seed else 0
 
     def _drain(self) -> None:
         self._ram.output.drain()
@@ -2101,7 +2100,7 @@ class _Guest:
         memory_size = sum(size for _, size in spans)
         layout = dataclasses.replace(old.layout, image_size=memory_size, pt_size=0)
         tables = memory.build_page_tables(
-            layout, moved, copy_on_write=old.copy_on_write, user_io=_is_user_mode(old.elf)
+            layout, moved, copy_on_write=old.copy_on_write, user_io=old.elf.privilege.user_mode
         )
         layout = layout.with_pt_size(len(tables))
         pieces = itertools.chain(_contents(spans, self.physical), [(memory_size, tables)])
@@ -2844,10 +2843,14 @@ def _msr_filter(allowed: Sequence[int]) -> kvm_abi.kvm_msr_filter:
 
 
 class PlatformState(typing.NamedTuple):
-    """What a snapshot keeps of a platform: MSRs by index, and the interrupt controllers, if there are any."""
+    """What a snapshot keeps of a platform: MSRs by index, kvm_xcrs, and the interrupt controllers, if there are any.
+
+    What is empty, or not named, goes back to the initial state of the sandbox restored into.
+    """
 
     msrs: Mapping[int, int] = {}
     interrupts: tuple[bytes, ...] = ()
+    xcrs: bytes = b""
 
 
 class _Platform:
@@ -2855,7 +2858,7 @@ class _Platform:
 
     A guest's access to an MSR that was not declared is a #GP in the guest. What it cannot change need not be
     restored: a snapshot holds the declared ones and KERNEL_GS_BASE (FS and GS base are among the special registers).
-    The time stamp counter is no state: time does not go back on a restore.
+    XCR0, which a guest sets to have AVX, goes with them. The time stamp counter is no state: time does not go back.
     """
 
     def __init__(self, vm: kvm_abi.Vm, *, timer: bool, msrs: tuple[int, ...] | None) -> None:
@@ -2885,7 +2888,7 @@ class _Platform:
         if self.timer is not None:
             chips = (bytes(self._vm.get_irqchip(chip)) for chip in kvm_abi.Irqchip)
             interrupts = (*chips, bytes(self._vcpu.get_lapic()))
-        return PlatformState(self._vcpu.get_msrs(self._captured), interrupts)
+        return PlatformState(self._vcpu.get_msrs(self._captured), interrupts, bytes(self._vcpu.get_xcrs()))
 
     def check(self, state: PlatformState) -> None:
         """Raise ``SnapshotMismatch`` where *state* is not one that this platform can take."""
@@ -2897,6 +2900,7 @@ class _Platform:
 
     def restore(self, state: PlatformState) -> None:
         """Put all back to *state*, which was checked; after the special registers."""
+        self._vcpu.set_xcrs(kvm_abi.kvm_xcrs.from_buffer_copy(state.xcrs or self._initial.xcrs))
         self._vcpu.set_msrs({**self._initial.msrs, **state.msrs})
         if self.timer is None:
             return
@@ -3014,7 +3018,6 @@ class _VirtualMachine:
             self.page = self.vcpu.page
             self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
             undo.callback(self.exit_reason.release)
-            self._initial_xcrs = self.vcpu.get_xcrs()
             self.vcpu.set_sregs(_initial_sregs(cr3))
             self.platform.attach(self.vcpu)
             kvm.close()
@@ -3090,7 +3093,6 @@ class _VirtualMachine:
         self.load(self.pack(rip=0, rsp=0))
         self.vcpu.set_debugregs(kvm_abi.kvm_debugregs())
         self.vcpu.set_xsave(_initial_xsave())
-        self.vcpu.set_xcrs(self._initial_xcrs)
         self.load_sregs(sregs)
 
     def _complete_exit(self) -> None:
@@ -4688,10 +4690,10 @@ def _elf_facts(elf: GuestElf) -> list[str]:
 
 
 def _privilege_of(elf: GuestElf) -> str:
-    if elf.user_mode is None or not elf.user_mode.user_mode:
+    if not elf.privilege.user_mode:
         return "kernel mode: all of its code runs at CPL 0"
-    size = _readable(elf.user_mode.kernel_size)
-    return f"user mode: its code runs at CPL 3, but for {size} at {elf.user_mode.kernel_offset:#x} of the image"
+    size = _readable(elf.privilege.kernel_size)
+    return f"user mode: its code runs at CPL 3, but for {size} at {elf.privilege.kernel_offset:#x} of the image"
 
 
 def _runs_here(elf: GuestElf) -> str:
@@ -4701,7 +4703,7 @@ def _runs_here(elf: GuestElf) -> str:
         return f"no: {error}"
     with _kvm_errors_in_tree():
         emulated = cpl0_is_emulated()
-    if emulated and not _is_user_mode(elf):
+    if emulated and not elf.privilege.user_mode:
         return "yes, slowly and without SSE, AVX and x87: this KVM emulates code at CPL 0"
     return "yes"
 
@@ -4721,7 +4723,7 @@ def _drawing(snapshot: Snapshot) -> list[str]:
     boxes: tuple[tuple[str, list[_DrawnRegion]], ...] = (
         (f"image: {_readable(layout.snapshot_size)}, KVM slot 0", _image_regions(snapshot)),
         (f"scratch: {_readable(layout.scratch_size)}, KVM slot 1", _scratch_regions(snapshot)),
-        ("made by the guest from free pages", _GUEST_MADE_REGIONS),
+        ("made by the guest from free pages", _guest_made_regions(snapshot.elf)),
     )
     lines = [f"   {'guest virtual':<18}   {'physical':<11} {'size':>9}  access"]
     for title, regions in boxes:
@@ -4748,13 +4750,13 @@ def _access(writable: bool, executable: bool, *, user: bool = False, copied: boo
 
 
 def _image_regions(snapshot: Snapshot) -> list[_DrawnRegion]:
-    layout, note = snapshot.layout, snapshot.elf.user_mode
+    layout, note = snapshot.layout, snapshot.elf.privilege
     names = {region.gpa: _REGION_NAMES[region.name] for region in layout.regions()}
     drawn = [_DrawnRegion("(null pointers fault)", 0, None, BASE_ADDRESS, "-----")]
     for leaf in memory.image_leaves(layout, note):
         access = _access(leaf.writable, leaf.executable, user=leaf.user, copied=leaf.writable)
         name = names.get(leaf.gpa, "code, continued")
-        if note is not None and leaf.gpa == BASE_ADDRESS + note.kernel_offset and not leaf.user:
+        if note.user_mode and leaf.gpa == BASE_ADDRESS + note.kernel_offset and not leaf.user:
             name = "code, kernel part"
         drawn.append(_DrawnRegion(name, leaf.gva, leaf.gpa, leaf.page_count * PAGE_SIZE, access))
     tables_gpa = BASE_ADDRESS + layout.memory_size
@@ -4774,7 +4776,7 @@ def _scratch_regions(snapshot: Snapshot) -> list[_DrawnRegion]:
     layout = snapshot.layout
     stack_offset = layout.scratch_size - _NEVER_ALLOCATED
     free_offset = layout.page_table_scratch_offset + layout.pt_size
-    io = _access(True, False, user=_is_user_mode(snapshot.elf))
+    io = _access(True, False, user=snapshot.elf.privilege.user_mode)
     rows = (
         ("input buffer: calls and host results", 0, layout.input_data_size, io),
         ("output buffer: results and host calls", layout.output_scratch_offset, layout.output_data_size, io),
@@ -4791,16 +4793,15 @@ def _scratch_regions(snapshot: Snapshot) -> list[_DrawnRegion]:
 _NEVER_ALLOCATED = 3 * PAGE_SIZE
 """Bytes at the top of scratch that a guest's allocator does not hand out (abi.md 1.4)."""
 
-_GUEST_MADE_REGIONS = [
-    _DrawnRegion("GDT, TSS, IDT", memory.PROC_CONTROL_GVA, None, 2 * PAGE_SIZE, _access(True, False)),
-    _DrawnRegion(
-        "main stack, grows down as it is used",
-        memory.MAIN_STACK_LIMIT_GVA,
-        None,
-        memory.MAIN_STACK_TOP_GVA - memory.MAIN_STACK_LIMIT_GVA,
-        _access(True, False),
-    ),
-]
+
+
+def _guest_made_regions(elf: GuestElf) -> list[_DrawnRegion]:
+    limit, top = memory.MAIN_STACK_LIMIT_GVA, memory.MAIN_STACK_TOP_GVA
+    stack = _access(True, False, user=elf.privilege.user_mode)
+    return [
+        _DrawnRegion("GDT, TSS, IDT", memory.PROC_CONTROL_GVA, None, 2 * PAGE_SIZE, _access(True, False)),
+        _DrawnRegion("main stack, grows down as it is used", limit, None, top - limit, stack),
+    ]
 
 
 # -- doctor -------------------------------------------------------------------------------
@@ -4905,7 +4906,7 @@ def _build(arguments: argparse.Namespace) -> int:
     """Compile C files and link them with the guest SDK."""
     import tempfile
 
-    gcc, output = _Gcc(_sdk_parent()), os.path.abspath(arguments.output)
+    gcc, output = _Gcc(_sdk_parent(), user_mode=not arguments.kernel), os.path.abspath(arguments.output)
     with tempfile.TemporaryDirectory() as directory:
         objects = []
         for name, flags in _SDK_SOURCES:  # the linker script knows kernel.o by that name
@@ -4921,10 +4922,11 @@ def _build(arguments: argparse.Namespace) -> int:
 class _Gcc:
     """gcc, run in the SDK's parent directory: debug information does not depend on the user's own."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, user_mode: bool) -> None:
         self.sdk = os.path.join(directory, "sdk")
         self._directory = directory
-        self._common = ("-I", self.sdk, f"-ffile-prefix-map={directory}=.")
+        self._user_mode = user_mode
+        self._common = ("-I", self.sdk, f"-DHL_USER_MODE={int(user_mode)}", f"-ffile-prefix-map={directory}=.")
         self._libraries: list[str] = []
         self._headers: list[str] = []
         if (musl := _installed_musl()) is not None:
@@ -4937,12 +4939,13 @@ class _Gcc:
         self._check(self._try(source, flags, output), f"{source} does not compile")
 
     def compile_guest(self, source: str, output: str) -> None:
-        """Compile a guest's file, with SSE only where it computes with floating point."""
+        """Compile a guest's file; for CPL 0 with SSE only where it computes with floating point."""
         _bytes_of_file(source)  # one line instead of gcc's
-        flags = [*_GUEST_FLAGS, *self._headers]
-        compiled = self._try(os.path.abspath(source), [*_INTEGER_ONLY, *flags], output)
-        if compiled.returncode and b"SSE" in compiled.stderr:
-            compiled = self._try(os.path.abspath(source), flags, output)
+        flags, restrictions = [*_GUEST_FLAGS, *self._headers], [] if self._user_mode else [*_CPL0_FLAGS]
+        integer_only = [] if self._user_mode else [*_INTEGER_ONLY]
+        compiled = self._try(os.path.abspath(source), [*flags, *restrictions, *integer_only], output)
+        if compiled.returncode and integer_only and b"SSE" in compiled.stderr:
+            compiled = self._try(os.path.abspath(source), [*flags, *restrictions], output)
         self._check(compiled, f"{source} does not compile")
 
     def link(self, objects: Sequence[str], output: str) -> None:
@@ -5006,11 +5009,13 @@ def _installed_musl() -> _Musl | None:
 _INTEGER_ONLY = ("-mgeneral-regs-only",)
 _COMMON_FLAGS = (
     "-std=gnu11", "-O2", "-fPIE", "-fvisibility=hidden", "-fno-stack-protector", "-fcf-protection=none",
-    "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fno-ident", "-fno-common",
-    "-mno-red-zone", "-mno-popcnt", "-mno-bmi", "-mno-bmi2", "-mno-lzcnt", "-mno-movbe", "-mno-stv",
-    "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-U_FORTIFY_SOURCE",
+    "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fno-ident", "-fno-common", "-U_FORTIFY_SOURCE",
 )
-_SDK_FLAGS = (*_COMMON_FLAGS, "-g1", "-ffreestanding", "-fno-tree-loop-distribute-patterns")
+_CPL0_FLAGS = (  # exceptions push onto the stack below; some KVMs emulate CPL 0 (spec/kvm-hosts.md 2.6)
+    "-mno-red-zone", "-mno-popcnt", "-mno-bmi", "-mno-bmi2", "-mno-lzcnt", "-mno-movbe", "-mno-stv",
+    "-fno-tree-vectorize", "-fno-tree-slp-vectorize",
+)
+_SDK_FLAGS = (*_COMMON_FLAGS, *_CPL0_FLAGS, "-g1", "-ffreestanding", "-fno-tree-loop-distribute-patterns")
 _GUEST_FLAGS = (
     *_COMMON_FLAGS, "-g", "-fno-builtin-printf", "-fno-builtin-puts", "-fno-builtin-putchar",
     "-fstack-clash-protection",
@@ -5217,6 +5222,11 @@ examples:
         (
             _option("sources", metavar="FILE.c", nargs="+", help="the guest's source files"),
             _option("-o", "--output", metavar="GUEST", required=True, help="the guest to make"),
+            _option(
+                "--kernel",
+                action="store_true",
+                help="all code at CPL 0, as Hyperlight's own guests, instead of the guest's own at CPL 3",
+            ),
         ),
         _build,
     ),

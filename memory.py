@@ -350,6 +350,7 @@ SCRATCH_TOP_SIZE: Final = 0x08
 SCRATCH_TOP_ALLOCATOR: Final = 0x10
 SCRATCH_TOP_SNAPSHOT_PT_BASE: Final = 0x18  # nobody reads it
 SCRATCH_TOP_GENERATION: Final = 0x20  # from 0.15 on
+SCRATCH_TOP_IMAGE_END: Final = 0x20  # this SDK's guests, which are 0.14's: gpa behind the image
 SCRATCH_TOP_RNG_SEED: Final = 0x28  # from 0.17 on
 
 SUPPORTED_GUEST_VERSIONS: Final = ("0.14.0", "0.15.0", "0.16.0", "0.17.0")
@@ -1436,15 +1437,15 @@ class PageTableBuilder:
 def image_leaves(layout: SandboxMemoryLayout, privilege: PrivilegeNote | None = None) -> list[Leaf]:
     """Return the mappings of the low memory of a fresh sandbox, gva equal to gpa.
 
-    With a `privilege` note for user mode all are user pages but the kernel range of the image.
+    Where `privilege` asks for user mode all are user pages but the kernel range of the image.
     """
-    is_user = privilege is not None and privilege.user_mode
+    privilege = privilege or PrivilegeNote()
     leaves: list[Leaf] = []
     for region in layout.regions():
         writable = bool(region.flags & MemoryRegionFlags.WRITE)
         executable = bool(region.flags & MemoryRegionFlags.EXECUTE)
-        whole = Leaf(region.gpa, region.gpa, region.size // PAGE_SIZE, writable, executable, False, is_user)
-        if region.name == "code" and privilege is not None and is_user:
+        whole = Leaf(region.gpa, region.gpa, region.size // PAGE_SIZE, writable, executable, False, privilege.user_mode)
+        if region.name == "code" and privilege.user_mode:
             leaves += _with_kernel_range(whole, privilege)
         else:
             leaves.append(whole)
@@ -1779,18 +1780,20 @@ class Symbol(NamedTuple):
 
 
 class PrivilegeNote(NamedTuple):
-    """A guest's wish to run its own code at CPL 3.
+    """What a guest built with this SDK says of itself; without a note, none of it.
+
+    `user_mode` is the wish to run its own code at CPL 3.
 
     The pages [kernel_offset, kernel_offset + kernel_size) of the image, in bytes, stay supervisor
     pages. `resets_fpu` tells that the guest resets its own FPU at each call, `takes_seed` that it reads
     a request to seed its random numbers out of RDI at each call: bit 32 set, and the seed below.
     """
 
-    user_mode: bool
-    resets_fpu: bool
-    takes_seed: bool
-    kernel_offset: int
-    kernel_size: int
+    user_mode: bool = False
+    resets_fpu: bool = False
+    takes_seed: bool = False
+    kernel_offset: int = 0
+    kernel_size: int = 0
 
 
 class _Section(NamedTuple):
@@ -1814,7 +1817,7 @@ class GuestElf:
     entry: int
     code_size: int
     version: str | None
-    user_mode: PrivilegeNote | None
+    privilege: PrivilegeNote
     segments: tuple[Segment, ...]
     _data: bytes = field(repr=False)
     _dynamic: Mapping[int, int] = field(repr=False)
@@ -1843,7 +1846,7 @@ class GuestElf:
                 entry=_checked_entry(elf["e_entry"], segments),
                 code_size=code_size,
                 version=_read_version(sections, data),
-                user_mode=_read_privilege(sections, data, code_size),
+                privilege=_read_privilege(sections, data, code_size),
                 segments=segments,
                 _data=data,
                 _dynamic=_read_dynamic(headers, data),
@@ -2064,10 +2067,10 @@ def _read_version(sections: Iterable[_Section], data: bytes) -> str | None:
         return None  # as the reference: a text that is none is no version
 
 
-def _read_privilege(sections: Iterable[_Section], data: bytes, code_size: int) -> PrivilegeNote | None:
+def _read_privilege(sections: Iterable[_Section], data: bytes, code_size: int) -> PrivilegeNote:
     content = _find_note(sections, data, _PRIVILEGE_SECTION, _PRIVILEGE_NOTE_TYPE)
     if content is None:
-        return None
+        return PrivilegeNote()
     if len(content) != _PRIVILEGE.size:
         raise ElfError(f"privilege note of {len(content)} bytes, not {_PRIVILEGE.size}")
     version, flags, offset, size = _PRIVILEGE.unpack(content)

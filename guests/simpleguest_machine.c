@@ -135,10 +135,10 @@ static hl_Vec *timer_ticks(const hl_FunctionCall *call) {
     hl_set_exception_handler(VECTOR_TIMER, count_tick);
     route_timer();
     hl_out32(PORT_TIMER, ARGUMENT(0, UInt));
-    __asm__ volatile("sti");
+    hl_enable_interrupts(true);
     for (uint64_t turns = ARGUMENT(2, ULong); turns > 0 && handled_count < ARGUMENT(1, Int); turns--)
         __asm__ volatile("pause");
-    __asm__ volatile("cli");
+    hl_enable_interrupts(false);
     hl_out32(PORT_TIMER, 0);
     return hl_flatbuffer_result_from_Int(handled_count);
 }

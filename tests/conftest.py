@@ -7,6 +7,7 @@ mark: the test is skipped with the reason, or fails with it when the environment
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -14,10 +15,16 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    import hyperlight
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+KERNEL_GUESTS = REPOSITORY / "tests" / "bin"
+"""The prebuilt guests, built for kernel mode: all their code at CPL 0."""
 
 
 def _lacks_kvm() -> str | None:
@@ -74,15 +81,39 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "require(need): skip, with the reason, where the machine lacks it")
 
 
+def need(name: str) -> None:
+    """Skip the test that runs if this machine lacks *name*, a key of ``NEEDS``; fail it if that was insisted on."""
+    if (reason := missing(name)) is None:
+        return
+    if name in os.environ.get("HYPERLIGHT_REQUIRE", "").split(","):
+        pytest.fail(f"HYPERLIGHT_REQUIRE names {name}, but {reason}", pytrace=False)
+    pytest.skip(f"needs {name}: {reason}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    insisted = os.environ.get("HYPERLIGHT_REQUIRE", "").split(",")
     for mark in item.iter_markers("require"):
-        (need,) = mark.args
-        if (reason := missing(need)) is None:
-            continue
-        if need in insisted:
-            pytest.fail(f"HYPERLIGHT_REQUIRE names {need}, but {reason}", pytrace=False)
-        pytest.skip(f"needs {need}: {reason}")
+        need(*mark.args)
+
+
+PRIVILEGES = ("user", "kernel", "unaware")
+
+
+@contextlib.contextmanager
+def booted(guest: str, privilege: str, **settings: Any) -> Iterator[hyperlight.MultiUseSandbox]:
+    """Boot one of the prebuilt guests as it is ("user"), as built for kernel mode ("kernel"), or as on a host that does
+    not know of user mode ("unaware"): such a host maps every page for the supervisor, and the guest copies.
+    """
+    import hyperlight
+    import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        if privilege == "unaware":
+            patch.setattr("memory._read_privilege", lambda *_: memory.PrivilegeNote())
+            settings["copy_on_write"] = "guest"
+        path = str(KERNEL_GUESTS / guest) if privilege == "kernel" else guest
+        uninitialized = hyperlight.UninitializedSandbox(path, hyperlight.SandboxConfiguration(**settings))
+    with uninitialized, uninitialized.evolve() as sandbox:
+        yield sandbox
 
 
 @pytest.fixture

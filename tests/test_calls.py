@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import require
+from conftest import PRIVILEGES, booted, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,9 +38,9 @@ FLOAT_MAX = math.ldexp(2 - 2**-23, 127)
 FLOAT_TINY = 2.0**-149
 
 
-@pytest.fixture(scope="module")
-def snapshot() -> Iterator[Snapshot]:
-    with UninitializedSandbox("simpleguest") as uninitialized, uninitialized.evolve() as sandbox:
+@pytest.fixture(scope="module", params=PRIVILEGES)
+def snapshot(request: pytest.FixtureRequest) -> Iterator[Snapshot]:
+    with booted("simpleguest", request.param) as sandbox:
         yield sandbox.snapshot()
 
 

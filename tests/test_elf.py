@@ -213,9 +213,9 @@ def privilege(version: int, flags: int, offset: int, size: int) -> bytes:
 
 
 def test_privilege_note_is_read() -> None:
-    note = GuestElf.parse(privilege(1, 3, PAGE_SIZE, 2 * PAGE_SIZE)).user_mode
+    note = GuestElf.parse(privilege(1, 3, PAGE_SIZE, 2 * PAGE_SIZE)).privilege
     assert note == PrivilegeNote(True, True, False, PAGE_SIZE, 2 * PAGE_SIZE)
-    assert GuestElf.parse(simple()).user_mode is None
+    assert GuestElf.parse(simple()).privilege == PrivilegeNote()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, require
+from conftest import KERNEL_GUESTS, REPOSITORY, require
 
 from hyperlight import main
 
@@ -18,6 +18,11 @@ SOURCES = {
     "staticarray": ["staticarray.c"],
 }
 """`hyperlight build` makes each prebuilt guest of these, in this order."""
+PREBUILT = [
+    *((guest, [], GUESTS / "bin") for guest in SOURCES),
+    *((guest, ["--kernel"], KERNEL_GUESTS) for guest in ("hello", "simpleguest")),
+]
+"""Name, options, and where it is kept."""
 COMPILER = "12.2.0"
 """The bytes depend on the compiler; this is the one that made them, of Debian 12."""
 
@@ -29,15 +34,21 @@ def without_musl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @require("gcc")
-@pytest.mark.parametrize("guest", SOURCES)
-def test_prebuilt_guest_comes_out_of_its_sources(guest: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("guest", "options", "place"), PREBUILT)
+def test_prebuilt_guest_comes_out_of_its_sources(
+    guest: str, options: list[str], place: Path, tmp_path: Path
+) -> None:
     version = subprocess.run(["gcc", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
     built = tmp_path / guest
     sources = [str(GUESTS / name) for name in SOURCES[guest]]
-    assert main(["build", *sources, "-o", str(built)]) == 0
+    assert main(["build", *options, *sources, "-o", str(built)]) == 0
     if version != COMPILER:
         pytest.skip(f"gcc {version} builds it, but only gcc {COMPILER} gives the same bytes")
-    assert built.read_bytes() == (GUESTS / "bin" / guest).read_bytes()
+    assert built.read_bytes() == (place / guest).read_bytes()
+
+
+def test_every_prebuilt_guest_has_its_sources_here() -> None:
+    assert {(place / guest) for guest, _, place in PREBUILT} == {*(GUESTS / "bin").iterdir(), *KERNEL_GUESTS.iterdir()}
 
 
 @require("gcc")

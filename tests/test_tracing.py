@@ -30,6 +30,7 @@ from hyperlight import (
     _Tracer,
 )
 from memory import (
+    BASE_ADDRESS,
     PAGE_SIZE,
     CloseSpan,
     EditSpan,
@@ -416,7 +417,9 @@ def test_the_hosts_walk_sees_what_the_guest_sees(offset: int, size: int, reader:
     cr3, pattern = guest.vm.vcpu.get_sregs().cr3, bytes(range(1, 252)) * 40
     heap = reader.layout.heap_gpa + (1 << 20)
     guest.physical.write_virt(cr3, heap, pattern)
-    for base in (reader.layout.code_gpa, heap):
+    privilege = guest.snapshot.elf.privilege
+    runtime = BASE_ADDRESS + privilege.kernel_offset + privilege.kernel_size
+    for base in (runtime, heap):
         seen = reader.call("ReadMemory", ULong(base + offset), ULong(size), returns=bytes)
         assert guest.physical.read_virt(cr3, base + offset, size) == seen
     assert seen == pattern[offset : offset + size]

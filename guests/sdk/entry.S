@@ -1,6 +1,7 @@
 /* Where the CPU enters the guest: the first entry, the dispatch of a call, and the exceptions.
  *
  * Everything in .kernel.text stays at CPL 0. Only integer instructions of kvm-hosts.md 2.6 occur in it.
+ * The rest runs at CPL 3 in a guest built for user mode (HL_USER_MODE 1), at CPL 0 in one built for kernel mode.
  *
  * SPDX-License-Identifier: Apache-2.0
  */
@@ -17,6 +18,15 @@
         .asciz "0.14.0"
         .balign 8
 
+/* What a host of this project reads, and others skip: whether this guest's own code runs at CPL 3 and resets its own
+ * FPU, and that it takes a seed in RDI. guest.ld appends which pages of the image are the kernel part's. */
+        .section .note.hyperlight-privilege, "a", @note
+        .balign 8
+        .long 11, 24, 2
+        .asciz "Hyperlight"
+        .balign 4
+        .long 1, HL_PRIVILEGE_TAKES_SEED | (HL_USER_MODE * (HL_PRIVILEGE_USER_MODE | HL_PRIVILEGE_RESETS_FPU))
+
         .section .kernel.text, "ax", @progbits
 
 /* First entry (abi.md 6.3): rdi PEB, rsi seed, rdx page size, rcx log level. The stack is the exception
@@ -31,26 +41,65 @@ entrypoint:
         mov     %rdx, %r12
         mov     %rcx, %r13
         sub     $8, %rsp
-        call    hl_kernel_init
+        call    hl_kernel_init                  /* rdi: the PEB */
+#if HL_USER_MODE
+        mov     $HL_MAIN_STACK_TOP, %rax
+        push    $HL_USER_DATA_SELECTOR
+        push    %rax
+        push    $HL_RFLAGS_FIXED
+        push    $HL_USER_CODE_SELECTOR
+        lea     initialise(%rip), %rax
+        push    %rax
+#else
         movabs  $HL_MAIN_STACK_TOP, %rsp
+#endif
         mov     %rbx, %rdi
         mov     %rbp, %rsi
         mov     %r12, %rdx
         mov     %r13, %rcx
         xor     %ebp, %ebp
+#if HL_USER_MODE
+        iretq
+        .cfi_endproc
+        .size entrypoint, . - entrypoint
+
+        .text
+        .type initialise, @function
+initialise:
+        .cfi_startproc
+        .cfi_undefined rip
+#endif
         call    hl_runtime_init
         lea     hl_dispatch(%rip), %rax         /* published in RAX, as the stack is in RSP */
         jmp     halt
         .cfi_endproc
+#if HL_USER_MODE
+        .size initialise, . - initialise
+#else
         .size entrypoint, . - entrypoint
+#endif
 
-/* One guest call (abi.md 6.4). ZF asks for a TLB flush, and must be tested before the stack is touched. */
+/* One guest call (abi.md 6.4), RDI the request for a seed. ZF asks for a TLB flush, and must be tested before the
+ * stack is touched. A host that knows of user mode flushes by itself. */
         .global hl_dispatch
         .type hl_dispatch, @function
 hl_dispatch:
         .cfi_startproc
         .cfi_undefined rip
         jnz     1f
+#if HL_USER_MODE
+        .global hl_flush_gate
+hl_flush_gate:
+        hlt
+1:      fninit
+        ldmxcsr initial_mxcsr(%rip)
+        .irp    number, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+        pxor    %xmm\number, %xmm\number
+        .endr
+        call    hl_runtime_dispatch
+halt:   out     %eax, $HL_PORT_HALT
+        jmp     halt
+#else
         mov     %cr4, %rax
         xor     $0x80, %rax                     /* toggling CR4.PGE drops every translation */
         mov     %rax, %cr4
@@ -61,8 +110,34 @@ halt:   out     %eax, $HL_PORT_HALT
         cli
         hlt
         jmp     halt
+#endif
         .cfi_endproc
         .size hl_dispatch, . - hl_dispatch
+
+/* The runtime's way to the kernel part: a system call whose trap is the #GP of a HLT at CPL 3. Anyone may jump to
+ * the gate; the kernel part checks what it is asked for, not who asks. */
+        .global hl_service
+        .type hl_service, @function
+hl_service:
+        .cfi_startproc
+#if HL_USER_MODE
+        .global hl_service_gate
+hl_service_gate:
+        hlt
+        ret
+#else
+        jmp     hl_kernel_service
+#endif
+        .cfi_endproc
+        .size hl_service, . - hl_service
+
+#if HL_USER_MODE
+        .section .rodata
+        .balign 4
+initial_mxcsr:
+        .long   0x1F80
+        .section .kernel.text
+#endif
 
 /* One stub per vector, HL_VECTOR_STUB_SIZE apart. Each makes the stack look the same: error code, vector. */
         .global hl_vector_stubs
@@ -192,7 +267,8 @@ exception:
         .text
 
 /* The guest's own exception handler runs here, on the interrupted stack and privilege, as a signal handler
- * would: edi vector, rsi and rsp the copied frame, rdx the faulting address. It may fault in its turn. */
+ * would: edi vector, rsi and rsp the copied frame, rdx the faulting address. It may fault in its turn. IRETQ goes back
+ * at either privilege. */
         .global hl_exception_upcall
         .type hl_exception_upcall, @function
 hl_exception_upcall:
@@ -201,9 +277,11 @@ hl_exception_upcall:
         test    %al, %al
         jz      1f
         restore_frame_and_return
-1:      mov     %rsp, %rdi
-        mov     %rbx, %rsi
-        call    hl_kernel_abort_exception
+1:      mov     $HL_SERVICE_ABORT, %edi
+        mov     %rsp, %rsi
+        mov     %rbx, %rdx
+        call    hl_service                      /* comes back if the frame was tampered with */
+        jmp     halt
         .size hl_exception_upcall, . - hl_exception_upcall
 
 /* Floating-point arguments and results pass through the runtime as integers. These four adaptors use only the

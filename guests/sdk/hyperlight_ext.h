@@ -85,6 +85,10 @@ typedef bool (*hl_ExceptionHandler)(hl_ExceptionContext *context, uint64_t fault
 /* Vectors 0 to 47; NULL removes. Vectors from 32 on are interrupts: the handler acknowledges them itself. */
 void hl_set_exception_handler(unsigned vector, hl_ExceptionHandler handler);
 
+/* Whether interrupts are taken until the call ends. They are off at the beginning of each. In a user-mode guest they
+ * come in during a handler as well, once it has acknowledged its own. */
+void hl_enable_interrupts(bool enable);
+
 /* ---- Output ------------------------------------------------------------------------------------------------ */
 
 /* To the host's stderr, through port 103. */

@@ -1,8 +1,9 @@
 /* The contract between the kernel part (entry.S, kernel.c) and the runtime (everything else).
  *
  * The kernel part owns the descriptor tables, the page tables and the exception stack. It keeps no
- * writable data and calls nothing of the runtime, so that its pages can stay supervisor-only when
- * the rest moves to CPL 3. Numbers are abi.md's: 1.1, 1.4, 5.1, 8 and 11.4.
+ * writable data in the image and calls nothing of the runtime, because in a guest built for user mode
+ * (HL_USER_MODE 1) the rest runs at CPL 3 and is not to be trusted: it may have changed every byte of its own
+ * pages, and enters with any registers. Numbers are abi.md's: 1.1, 1.4, 5.1, 8 and 11.4.
  *
  * SPDX-License-Identifier: Apache-2.0
  */
@@ -21,6 +22,22 @@
 #define HL_PORT_DEBUG_PRINT 103
 #define HL_PORT_HALT 108
 
+/* At CPL 3. Some KVMs run CPL 3 with these selectors whatever the guest loads (kvm-hosts.md 2.3). */
+#define HL_USER_CODE_SELECTOR 0x33
+#define HL_USER_DATA_SELECTOR 0x2B
+#define HL_RFLAGS_FIXED 2        /* bit 1 is always set */
+
+#define HL_PRIVILEGE_USER_MODE 1    /* flags of the privilege note */
+#define HL_PRIVILEGE_RESETS_FPU 2
+#define HL_PRIVILEGE_TAKES_SEED 4
+
+/* What the runtime asks of the kernel part through hl_service. */
+#define HL_SERVICE_MAP 1         /* gva, gpa, size, flags: false if these pages are not the guest's to map */
+#define HL_SERVICE_IS_MAPPED 2   /* gva */
+#define HL_SERVICE_VECTOR 3      /* number of an interrupt: it gets its gate */
+#define HL_SERVICE_INTERRUPTS 4  /* whether they are to come in */
+#define HL_SERVICE_ABORT 5       /* exception frame, fault address: does not return */
+
 #ifndef __ASSEMBLER__
 #include <stdbool.h>
 #include <stddef.h>
@@ -36,22 +53,21 @@ struct hl_ExceptionFrame {
 };
 _Static_assert(offsetof(struct hl_ExceptionFrame, error_code) == 0x2A0, "abi.md 11.4");
 
-/* Kernel services. Plain calls while everything runs at CPL 0. */
-void hl_kernel_map(uint64_t gva, uint64_t gpa, uint64_t size, unsigned flags);
-bool hl_kernel_is_mapped(uint64_t gva);
-void hl_kernel_enable_vector(unsigned vector);
-_Noreturn void hl_kernel_abort_exception(const struct hl_ExceptionFrame *frame, uint64_t address);
+/* Asks the kernel part: a system call in user mode, a plain one in kernel mode. */
+uint64_t hl_service(uint64_t number, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth);
 
 /* What entry.S calls in kernel.c: at the first entry, at a page fault (false: not the kernel's business), at any
- * other exception (returns only if the guest takes it). */
-void hl_kernel_init(void);
+ * other exception (returns only if the guest takes it), for a service in kernel mode. */
+void hl_kernel_init(const uint64_t *peb);
 bool hl_kernel_page_fault(uint64_t error);
 void hl_kernel_exception(struct hl_ExceptionFrame *frame);
+uint64_t hl_kernel_service(uint64_t number, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth);
+extern const uint8_t hl_vector_stubs[], hl_service_gate[], hl_flush_gate[];
 
 /* What the kernel part needs of the runtime: where to go, which vectors it wants to see, and where FS points.
  * C libraries are built to find themselves and their stack-protector canary (at 0x28) through FS. */
 void hl_runtime_init(const void *peb, uint64_t seed, uint64_t page_size, uint64_t log_level);
-void hl_runtime_dispatch(void);
+void hl_runtime_dispatch(uint64_t seed_request);
 void hl_exception_upcall(void);
 extern uint64_t hl_handled_vectors;
 extern struct hl_ThreadBlock {

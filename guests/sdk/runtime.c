@@ -245,11 +245,21 @@ static hl_Vec *call_guest_function(const hl_FunctionCall *call, uint8_t call_typ
                           : hl_encode_error(hl_ErrorCode_GuestFunctionNotFound, call->function_name);
 }
 
+/* The C library's, if the guest uses rand. */
+extern void srand(unsigned seed) __attribute__((weak));
+
+static void seed_randomness(unsigned seed) {
+    if (srand != NULL)
+        srand(seed);
+}
+
 /* The call is copied and popped before the function runs: the input stack is then free for host results. */
-void hl_runtime_dispatch(void) {
+void hl_runtime_dispatch(uint64_t seed_request) {
     hl_FunctionCall call;
     hl_Parameter parameters[HL_MAX_PARAMETERS];
     uint8_t call_type;
+    if (seed_request >> 32 & 1)
+        seed_randomness((unsigned)seed_request);
     hl_Vec element = input_top();
     size_t size = element.len;
     uint8_t *message = memcpy(malloc(size + 1), element.data, size);
@@ -422,13 +432,15 @@ uint64_t hl_handled_vectors;
 static hl_ExceptionHandler exception_handlers[HL_VECTOR_COUNT];
 
 void hl_map_gpa(uint64_t gva, uint64_t gpa, uint64_t size, unsigned flags) {
+    uint64_t pages_size = (size + HL_PAGE_SIZE - 1) & -(uint64_t)HL_PAGE_SIZE;
     if ((gva | gpa) % HL_PAGE_SIZE != 0)
         hl_panic("hl_map_gpa: an address does not begin a page");
-    hl_kernel_map(gva, gpa, size, flags);
+    if (!hl_service(HL_SERVICE_MAP, gva, gpa, pages_size, flags))
+        hl_panic("hl_map_gpa: these addresses belong to the kernel part");
 }
 
 bool hl_is_mapped(uint64_t gva) {
-    return hl_kernel_is_mapped(gva);
+    return hl_service(HL_SERVICE_IS_MAPPED, gva, 0, 0, 0);
 }
 
 void hl_set_exception_handler(unsigned vector, hl_ExceptionHandler handler) {
@@ -437,7 +449,11 @@ void hl_set_exception_handler(unsigned vector, hl_ExceptionHandler handler) {
     exception_handlers[vector] = handler;
     hl_handled_vectors &= ~(1ull << vector);
     hl_handled_vectors |= (uint64_t)(handler != NULL) << vector;
-    hl_kernel_enable_vector(vector);
+    hl_service(HL_SERVICE_VECTOR, vector, 0, 0, 0);    /* an exception has its gate already */
+}
+
+void hl_enable_interrupts(bool enable) {
+    hl_service(HL_SERVICE_INTERRUPTS, enable, 0, 0, 0);
 }
 
 /* Called by the upcall in entry.S. */
@@ -462,9 +478,6 @@ int *__errno_location(void) {
 
 int *___errno_location(void) __attribute__((alias("__errno_location")));
 
-/* The C library's, if the guest uses rand. */
-extern void srand(unsigned seed) __attribute__((weak));
-
 void hl_runtime_init(const void *peb_address, uint64_t seed, uint64_t page_size, uint64_t log_level) {
     (void)page_size;
     peb = peb_address;
@@ -473,7 +486,6 @@ void hl_runtime_init(const void *peb_address, uint64_t seed, uint64_t page_size,
         hl_panic("Invalid log level");
     hl_thread_block.canary = seed & ~0xFFull;    /* its zero byte stops string functions */
     hl_heap_init(peb->guest_heap.ptr, peb->guest_heap.size);
-    if (srand != NULL)
-        srand((unsigned)((((uintptr_t)peb_address << 8) ^ (seed >> 4)) >> 32));
+    seed_randomness((unsigned)((((uintptr_t)peb_address << 8) ^ (seed >> 4)) >> 32));
     hyperlight_main();
 }
