@@ -1449,6 +1449,7 @@ class Vm(_Handle):
         ioctl(self._fd, KVM_IOEVENTFD, event)
 
 
+_MAX_CR8 = 0xF  # the task priority has four bits
 _KvmRun: TypeAlias = kvm_run  # inside Vcpu, kvm_run is the property
 
 
@@ -1520,6 +1521,7 @@ class Vcpu(_Handle):
     def set_sregs(self, sregs: kvm_sregs) -> None:
         """Write the system registers; EINVAL if they contradict each other or the CPUID table."""
         ioctl(self._fd, KVM_SET_SREGS, sregs)
+        self._share_cr8(sregs.cr8)
 
     def get_sregs2(self) -> kvm_sregs2:
         """Read the system registers, with the PAE page-directory pointers."""
@@ -1528,6 +1530,12 @@ class Vcpu(_Handle):
     def set_sregs2(self, sregs2: kvm_sregs2) -> None:
         """Write the system registers, with the PAE page-directory pointers."""
         ioctl(self._fd, KVM_SET_SREGS2, sregs2)
+        self._share_cr8(sregs2.cr8)
+
+    def _share_cr8(self, cr8: int) -> None:
+        """Put CR8 where the next KVM_RUN takes it from if there is no irqchip (api.rst, kvm_run)."""
+        if cr8 <= _MAX_CR8:  # KVM ignored what is more
+            self.kvm_run.cr8 = cr8
 
     def get_fpu(self) -> kvm_fpu:
         """Read the x87 and SSE registers."""
