@@ -81,6 +81,7 @@ entrypoint:
     out %eax, $108
     hlt
 dispatch:
+    ENTER
     movabs $INPUT, %rdi
     mov (%rdi), %rdx
     movq $8, (%rdi)
@@ -115,16 +116,18 @@ def assemble(source: str) -> bytes:
         return elf.read_bytes()
 
 
-def build(evil: str, *, initialise: str = "", **stacks: bytes) -> bytes:
+def build(evil: str, *, initialise: str = "", enter: str = "", **stacks: bytes) -> bytes:
     """Return a guest that runs *evil* when any function but ``GOOD`` is called.
 
     *initialise* runs before the halt that ends initialisation, with the values of a good guest in RAX and
-    RSP. Each of *stacks* is a label: data to be put on the output stack, as in ``say label, 108``.
+    RSP; *enter* runs first in every call, with the registers as the host set them. Each of *stacks* is a
+    label: data to be put on the output stack, as in ``say label, 108``.
     """
     data = "".join(f"{name}: {_byte_list(value)}\n.set {name}_size, {len(value)}\n" for name, value in stacks.items())
     pieces = {
         "GOOD_TOP": str(_ELEMENT + len(_encoded_call(GOOD)) + 8),
         "INITIALISE": initialise,
+        "ENTER": enter,
         "EVIL": evil,
         "ANSWER_BYTES": _byte_list(stack_with(_ANSWER)),
         "DATA": data,
