@@ -59,6 +59,7 @@ def test_bytes_of_a_stack_with_two_messages(shared: SharedMemory, stack: IoStack
 
 
 def test_popped_bytes_are_zeroed(shared: SharedMemory, stack: IoStack) -> None:
+    """B.4/90: and the stack pointer is where it was."""
     stack.push(message(b"stays"))
     before = content(shared)
     stack.push(message(b"secret"))

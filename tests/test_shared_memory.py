@@ -172,7 +172,7 @@ LENGTHS = [*range(18), 31, 33, 63, 64, 65, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE +
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_copies_and_fills_of_every_alignment_agree(filled: SharedMemory, length: int) -> None:
-    """B.4/70 to B.4/78: alignments, small, odd and exact lengths, zero length and the borders."""
+    """B.4/70-78: alignments, small, odd and exact lengths, zero length and the borders."""
     for start in (*range(9), SIZE - length):
         model = bytearray(pattern(SIZE))
         with SharedMemory.anonymous(SIZE) as target:
