@@ -837,11 +837,20 @@ class UninitializedSandbox:
     def map_file_cow(self, path: StrPath, gpa: int, label: str | None = None) -> int:
         """Show the file at *path* to the guest at *gpa* from its initialisation on.
 
-        As ``MultiUseSandbox.map_file_cow``, for at most 32 files; ``evolve()`` finds overlaps.
+        As ``MultiUseSandbox.map_file_cow``, for at most 32 files.
         """
+        layout = self.layout
         if len(self._files) >= _FileMapping.MAX_PENDING:
             raise MapRegionError(f"at most {_FileMapping.MAX_PENDING} files can be mapped before evolve()")
-        file = _FileMapping(path, gpa, label)
+        taken = [
+            (BASE_ADDRESS, BASE_ADDRESS + layout.snapshot_size),
+            (layout.scratch_base_gpa, layout.scratch_base_gpa + layout.scratch_size),
+            *((file.gpa, file.gpa + file.size) for file in self._files),
+        ]
+        with contextlib.ExitStack() as undo:
+            file = undo.enter_context(_FileMapping(path, gpa, label))
+            _check_region(gpa, file.size, taken)
+            undo.pop_all()
         self._files.append(file)
         return file.size
 
@@ -1303,16 +1312,17 @@ class _FileMapping:
     def __init__(self, path: StrPath, gpa: int, label: str | None) -> None:
         if gpa % PAGE_SIZE:
             raise MapRegionError(f"the guest base {gpa:#x} is no multiple of the page size, {PAGE_SIZE:#x}")
-        if label is not None and ("\0" in label or len(label.encode()) > self.MAX_LABEL_SIZE):
+        if label is not None and ("\0" in label or len(label.encode("utf-8", "surrogatepass")) > self.MAX_LABEL_SIZE):
             raise MapRegionError(f"a label has at most {self.MAX_LABEL_SIZE} bytes and no NUL: {label!r}")
         self.gpa = gpa
+        self._is_taken = False
         try:
             with _open_regular_file(path) as file:
                 file_size = os.fstat(file.fileno()).st_size
                 if file_size == 0:
                     raise MapRegionError(f"{os.fspath(path)} is empty: there is nothing to map")
                 self.size = memory.page_up(file_size)
-                self._mapping: SharedMemory | None = SharedMemory.from_fd(file.fileno(), self.size)
+                self.mapping = SharedMemory.from_fd(file.fileno(), self.size)
         except OSError as error:
             if isinstance(error, HyperlightError):
                 raise
@@ -1320,20 +1330,32 @@ class _FileMapping:
 
     def take(self) -> SharedMemory:
         """Hand the mapping over; closing it is the taker's business from then on."""
-        assert self._mapping is not None
-        mapping, self._mapping = self._mapping, None
-        return mapping
+        self._is_taken = True
+        return self.mapping
 
     def close(self) -> None:
         """Unmap the file, unless it was taken."""
-        if self._mapping is not None:
-            self._mapping.close()
+        if not self._is_taken:
+            self.mapping.close()
 
     def __enter__(self) -> _FileMapping:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _check_region(gpa: int, size: int, taken: Sequence[tuple[int, int]]) -> None:
+    """Raise ``MapRegionError`` where *size* bytes at *gpa* cannot go, or overlap a (start, end) that is *taken*."""
+    if gpa % PAGE_SIZE:
+        raise MapRegionError(f"Region is not page-aligned: {gpa:#x} is no multiple of {PAGE_SIZE:#x}")
+    if not 0 <= gpa <= gpa + size - 1 <= memory.MAX_GPA:
+        raise MapRegionError(f"[{gpa:#x}, {gpa + size:#x}) is not in the guest's 36-bit physical space")
+    for start, end in taken:
+        if gpa < end and start < gpa + size:
+            raise MapRegionError(f"[{gpa:#x}, {gpa + size:#x}) overlaps [{start:#x}, {end:#x}), in use")
+    if gpa == 0:
+        raise MapRegionError("the page at 0 stays unmapped")
 
 
 class InterruptHandle:
@@ -2056,30 +2078,15 @@ class _Guest:
 
     def map_region(self, gpa: int, mapping: SharedMemory, flags: MemoryRegionFlags) -> None:
         """Show *mapping* to the guest at *gpa*. Raises ``MapRegionError``."""
-        self.check_region(gpa, mapping.size)
+        _check_region(gpa, mapping.size, [(region.gpa, region.end) for region in self.physical.regions()])
         self.vm.map(gpa, mapping, writable=False)
         self.physical.add(gpa, mapping, flags, holds_tables=False)
         self._regions[gpa] = (mapping, flags)
 
-    def check_region(self, gpa: int, size: int) -> None:
-        """Raise ``MapRegionError`` where *size* bytes at *gpa* are unaligned or overlap anything."""
-        if gpa % PAGE_SIZE:
-            raise MapRegionError(f"Region is not page-aligned: {gpa:#x} is no multiple of {PAGE_SIZE:#x}")
-        if not 0 <= gpa <= gpa + size - 1 <= memory.MAX_GPA:
-            raise MapRegionError(f"[{gpa:#x}, {gpa + size:#x}) is not in the guest's 36-bit physical space")
-        for region in self.physical.regions():
-            if gpa < region.gpa + region.size and region.gpa < gpa + size:
-                raise MapRegionError(
-                    f"[{gpa:#x}, {gpa + size:#x}) overlaps [{region.gpa:#x}, {region.end:#x}), in use"
-                )
-        if gpa == 0:
-            raise MapRegionError("the page at 0 stays unmapped")
-
     def map_file(self, file: _FileMapping) -> None:
         """Show *file* to the guest and own its mapping from then on. Raises ``MapRegionError``."""
-        self.check_region(file.gpa, file.size)
+        self.map_region(file.gpa, file.mapping, file.FLAGS)
         self._files[file.gpa] = file.take()
-        self.map_region(file.gpa, self._files[file.gpa], file.FLAGS)
 
     def _unmap_region(self, gpa: int) -> None:
         self.vm.unmap(gpa)
@@ -2087,7 +2094,6 @@ class _Guest:
         del self._regions[gpa]
         if gpa in self._files:
             self._files.pop(gpa).close()
-
 
     # -- snapshot and restore ----------------------------------------------------------
 
