@@ -1865,8 +1865,8 @@ class _Guest:
                         return
                     if port not in ports:
                         raise InvalidPort(port)
-                    data = page[data_offset : data_offset + min(size * count, 4)]
-                    ports[port](self, int.from_bytes(data, "little"))
+                    value = int.from_bytes(page[data_offset : data_offset + min(size * count, 4)], "little")
+                    ports[port](self, value)
                     if debugger is not None:
                         debugger.served_port()
                     continue
@@ -3021,7 +3021,8 @@ class _VirtualMachine:
             self.vcpu = undo.enter_context(_uninterrupted(lambda: self._vm.create_vcpu(0)))
             self.vcpu.set_cpuid2(_guest_cpuid())
             self._syncs_registers = bool(kvm.check_extension(Cap.SYNC_REGS) & kvm_abi.SyncRegs.REGS)
-            self.page = self.vcpu.page
+            self.page = self.vcpu.page[:]  # views of its own: they would keep the VM alive beyond its close
+            undo.callback(self.page.release)
             self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
             undo.callback(self.exit_reason.release)
             self.vcpu.set_sregs(_initial_sregs(cr3))

@@ -103,6 +103,23 @@ def test_sandboxes_move_between_threads() -> None:
         each.close()
 
 
+def test_closing_releases_the_vm_whoever_keeps_the_object_or_its_errors(snapshot: hyperlight.Snapshot) -> None:
+    kept: list[object] = []
+
+    def live_once() -> None:
+        with MultiUseSandbox.from_snapshot(snapshot) as fresh:
+            with pytest.raises(GuestAborted) as caught:
+                fresh.call("TriggerException")
+            kept.append((fresh, fresh.interrupt_handle(), caught.value))
+
+    live_once()
+    gc.collect()
+    before = process_resources()
+    for _ in range(3):
+        live_once()
+    assert process_resources() == before
+
+
 def test_use_after_close_is_refused(sandbox: MultiUseSandbox) -> None:
     sandbox.close()
     sandbox.close()
