@@ -3034,7 +3034,6 @@ class _VirtualMachine:
     def close(self) -> None:
         """Close the vCPU and the VM, as happens when the last reference goes."""
         self._finalizer()
-        self.page = self.exit_reason = memoryview(b"")  # in the kernel, a view keeps the vCPU and the VM
 
     # -- memory slots --
 
