@@ -2252,8 +2252,6 @@ class DebugServer:
             self._refuse(connection)
 
     def _connect(self, client: _Client) -> None:
-        with self._arrived:
-            self._reader = client
         self._selector.register(client.read_fd, selectors.EVENT_READ, self._on_readable)
         self._post(client)
 
@@ -2269,14 +2267,14 @@ class DebugServer:
         client = cast(_Client, self._reader)
         self._selector.unregister(client.read_fd)
         client.close()
-        with self._arrived:
-            self._reader = None
         self._post(_Gone())
 
     def _post(self, item: Packet | Event | _Client | _Gone) -> None:
         """Put something into the inbox, and see to it that somebody takes it out."""
         with self._arrived:
             self._inbox.append(item)
+            if isinstance(item, (_Client, _Gone)):  # not earlier: `wait_for_client` promises a guest that stops
+                self._reader = item if isinstance(item, _Client) else None
             self._arrived.notify_all()
             served = self._serving
         if not served:

@@ -3565,7 +3565,7 @@ class _Debugger:
 
     def entered(self) -> None:
         """A run begins: memory and registers are ready."""
-        self._go(self.server.entered())
+        self._go(self.server.entered)
 
     def left(self) -> None:
         """The run is over, one way or another."""
@@ -3574,10 +3574,11 @@ class _Debugger:
 
     def interrupted(self) -> bool:
         """KVM_RUN was interrupted: let the debugger speak if it wants to; return whether it did."""
+        self._guest.interrupt._acknowledge()
         if not self.server.attention:
             return False
         self.target.lift_traps()
-        self._go(self.server.attend())
+        self._go(self.server.attend)
         return True
 
     def exited(self) -> bool:
@@ -3585,13 +3586,13 @@ class _Debugger:
         stop = self.target.stop_of_exit()
         if stop is None:
             return False
-        self._go(self.server.stopped(stop))
+        self._go(functools.partial(self.server.stopped, stop))
         return True
 
     def served_port(self) -> None:
         """An OUT was served; where a step over it would not be noticed, it is reported here."""
         if self.target.steps_end_at_exits:
-            self._go(self.server.stopped(self.target.stepped()))
+            self._go(functools.partial(self.server.stopped, self.target.stepped()))
 
     def crashed(self, failure: GuestFailure) -> None:
         """Show the guest as it was when it failed, until the debugger lets it go."""
@@ -3604,13 +3605,16 @@ class _Debugger:
         """Tell the debugger that the guest is gone, and stop serving."""
         self.server.close()
 
-    def _go(self, action: gdb_rsp.Resume) -> None:
+    def _go(self, ask: Callable[[], gdb_rsp.Resume]) -> None:
         """Arrange for the guest to go on as the debugger wants."""
-        self._guest.interrupt._acknowledge()
+        self._guest.interrupt._acknowledge()  # before the server looks: a nudge that comes after must stay
+        action = ask()
         if action is self._rsp.Resume.KILL:
             action = self.server.exited(signal=_SIGKILL)  # waits for gdb's "run", if it can come
         if action is self._rsp.Resume.KILL:
             raise EndedByDebugger
+        if self._guest.interrupt._canceled:  # while the guest stood still: a restart may have undone the kick
+            raise ExecutionCanceledByHost
         self.target.prepare(step=action is self._rsp.Resume.STEP)
 
 

@@ -784,6 +784,74 @@ def test_ctrl_c_between_calls_stops_the_idle_guest(packets: PacketLog) -> None:
     assert "Breakpoint 1, _call_get_static" in output[4]
 
 
+class Disturbed(Debuggee):
+    """A guest whose call waits for `go_on`, and begins with *disturb*, called when the debugger's *moment* is over."""
+
+    def __init__(self, call: tuple[Any, ...], moment: str, disturb: Callable[[Any], None]) -> None:
+        super().__init__(self._call, wait=False)
+        self.idle, self.go_on = threading.Event(), threading.Event()
+        self._name, self._moment, self._disturb = call, moment, disturb
+
+    def _call(self, sandbox: MultiUseSandbox) -> Any:
+        debugger = sandbox._guest.debugger
+        assert debugger is not None
+        owner = debugger.server if self._moment == "entered" else debugger.target
+        moment = getattr(owner, self._moment)
+
+        def disturbed(**arguments: Any) -> Any:
+            result = moment(**arguments)
+            self._disturb(debugger)
+            return result
+
+        setattr(owner, self._moment, disturbed)
+        self.idle.set()
+        assert self.go_on.wait(TIMEOUT_S)
+        return sandbox.call(*self._name)
+
+
+def test_ctrl_c_between_the_debuggers_answer_and_the_guests_entry_is_not_lost() -> None:
+    """F.13/3, F.13/4: the smallest window there is."""
+
+    def interrupt(debugger: Any) -> None:
+        nudged = threading.Event()
+        nudge = debugger.target.interrupt
+        debugger.target.interrupt = lambda: (nudge(), nudged.set())
+        client.socket.sendall(b"\x03")
+        assert nudged.wait(TIMEOUT_S)
+
+    with running(Disturbed(("Spin",), "entered", interrupt)) as debuggee:
+        assert debuggee.idle.wait(TIMEOUT_S)
+        with Client(debuggee.address) as client:
+            assert client.ask(b"?").startswith(b"T05")
+            client.send(b"vCont;c")
+            debuggee.go_on.set()
+            assert client.receive().startswith(b"T02")
+            assert debuggee.kill()
+            client.send(b"vCont;c")
+            with pytest.raises(ExecutionCanceledByHost):
+                debuggee.result()
+
+
+def test_kill_of_a_stopped_guest_is_not_undone_by_run() -> None:
+    """F.13/3: the host's wish counts, whatever the debugger does in between."""
+    with debugged(calling("Spin")) as debuggee, Client(debuggee.address) as client:
+        client.run_to("spin")
+        assert debuggee.kill()
+        assert client.ask(b"vRun;").startswith(b"T05")
+        assert client.ask(b"z0,%x,1" % gva_of("spin")) == b"OK"
+        client.send(b"vCont;c")
+        with pytest.raises(ExecutionCanceledByHost):
+            debuggee.result()
+
+
+def test_nudge_that_comes_late_does_not_keep_the_guest_from_running() -> None:
+    """F.13/10: what it was about has been served already."""
+    late = Disturbed(("SpinFor", ULong(1000)), "prepare", lambda debugger: debugger.target.interrupt())
+    with running(late) as debuggee:
+        debuggee.go_on.set()
+        assert debuggee.result() == 1000
+
+
 # --- crashes ---------------------------------------------------------------------------------------------
 
 CRASHES = {
