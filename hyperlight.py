@@ -3586,7 +3586,10 @@ class _Debugger:
         stop = self.target.stop_of_exit()
         if stop is None:
             return False
-        self._go(functools.partial(self.server.stopped, stop))
+        if self.target.looks_for_handlers:
+            self.target.prepare(step=False)
+        else:
+            self._go(functools.partial(self.server.stopped, stop))
         return True
 
     def served_port(self) -> None:
@@ -3642,7 +3645,8 @@ class _DebugTarget:
     Debug events reach the host in one of two ways. Where KVM reports them, KVM_SET_GUEST_DEBUG does the
     work. Where it emulates CPL 0 (spec/kvm-hosts.md 2.7), an int3 or a trap at CPL 3 goes to the guest's own
     IDT; so while the guest runs, the first byte of those two handlers is an int3 as well, which KVM
-    refuses to emulate: that is the stop, and the frame on the stack is the interrupted code.
+    refuses to emulate: that is the stop, and the frame on the stack is the interrupted code. A guest that has
+    no handlers yet, at its very beginning, is single-stepped through its CPL 0 until it has.
     """
 
     def __init__(self, sandbox: MultiUseSandbox, guest: _Guest) -> None:
@@ -3659,6 +3663,7 @@ class _DebugTarget:
         self._patches: dict[int, tuple[SharedMemory, int, int]] = {}
         self._traps: dict[int, int] = {}
         self._stepping = False
+        self._seeking = False  # steps that nobody asked for, until the guest's handlers are there
         self._trap_flag = False  # RFLAGS.TF is set, by us
         self._crash: GuestFailure | None = None
 
@@ -3680,22 +3685,31 @@ class _DebugTarget:
 
     def prepare(self, *, step: bool) -> None:
         """Arm debug registers, single step and traps for the next entry."""
-        self._stepping = step
+        self._stepping, self._seeking = step, False
         if self._reports_events or not (step or self._patches or self._trap_flag):
             self._set_guest_debug(step)
             return
         at_cpl3 = self._vcpu.get_sregs().cs.dpl == 3
-        self._set_guest_debug(step and not at_cpl3)
+        self._set_traps()
+        is_user_mode = self._guest.snapshot.elf.privilege.user_mode
+        self._seeking = is_user_mode and not (at_cpl3 or step or self._traps)
+        self._set_guest_debug(not at_cpl3 and (step or self._seeking))
         self._trap_flag = step and at_cpl3
         if at_cpl3:
             self._change_rflags(set_bits=Rflags.TF if step else 0, clear_bits=0 if step else Rflags.TF)
-        self._set_traps()
 
     def leave(self) -> None:
         """Take the traps out: the run is over, and snapshots must not see them."""
         self.lift_traps()
         self._crash = None
         self._stepping = False
+
+    @property
+    def looks_for_handlers(self) -> bool:
+        """Whether the last stop is none: a guest that will enter CPL 3 had no handlers yet and goes there step by step."""
+        kvm_run = self._vcpu.kvm_run
+        is_debug_exit = kvm_run.exit_reason == KvmExit.DEBUG and kvm_run.debug.arch.exception == kvm_abi.Vector.DB
+        return self._seeking and is_debug_exit and not kvm_run.debug.arch.dr6 & _DR6_BREAKPOINTS
 
     @property
     def steps_end_at_exits(self) -> bool:
@@ -4105,6 +4119,7 @@ def _number_argument(arguments: Sequence[str], error: type[Exception]) -> int:
 
 
 _INT3 = b"\xcc"
+_DR6_BREAKPOINTS = 0b1111
 _GATE = struct.Struct("<HHBBHII")
 """An IDT gate: offset, selector, IST, flags, two more pieces of the offset (AMD64 APM volume 2, 4.8.4)."""
 _GATE_PRESENT = 0x80

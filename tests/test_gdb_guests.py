@@ -302,7 +302,7 @@ def test_gdb_finds_symbols_breaks_steps_and_finishes() -> None:
         assert debuggee.result() == [7, 7]
     assert "Reading symbols from target:" in connected and "entrypoint ()" in connected
     assert re.search(r"Breakpoint 1, hyperlight_main \(\)", main)
-    assert "hyperlight_main" in main_trace and "entrypoint ()" in main_trace
+    assert "hyperlight_main" in main_trace and "initialise ()" in main_trace
     assert "register_" in step
     assert "Run till exit" in finish or "hyperlight_main" in finish
     assert re.search(r"Breakpoint 2, _call_set_static \(function_call=0x", stop)
