@@ -3706,7 +3706,7 @@ class _DebugTarget:
 
     @property
     def looks_for_handlers(self) -> bool:
-        """Whether the last stop is none: a guest that will enter CPL 3 had no handlers yet and goes there step by step."""
+        """Whether the last stop is none: a guest without handlers for CPL 3 goes on step by step until it has some."""
         kvm_run = self._vcpu.kvm_run
         is_debug_exit = kvm_run.exit_reason == KvmExit.DEBUG and kvm_run.debug.arch.exception == kvm_abi.Vector.DB
         return self._seeking and is_debug_exit and not kvm_run.debug.arch.dr6 & _DR6_BREAKPOINTS
