@@ -1092,12 +1092,17 @@ class MultiUseSandbox:
             if not snapshot.is_initialized:
                 raise SnapshotMismatch("the snapshot's guest has not run yet: use from_snapshot")
             self._guest.vm.platform.check(snapshot.platform)
+            ram = self._guest.ram_for(snapshot)
             self._status = SandboxStatus.POISONED
             try:
-                self._guest.restore(snapshot)
-            except _MemoryLost as error:
+                self._guest.restore(ram)
+            except BaseException as error:  # Ctrl-C, too
+                if self._guest.has_memory:
+                    raise
                 self._status = SandboxStatus.UNRECOVERABLE
-                raise UnrecoverableSandbox from error.__cause__
+                if not isinstance(error, kvm_abi.KvmError):
+                    raise
+                raise UnrecoverableSandbox from error
             self._status = SandboxStatus.READY
             self._snapshot = snapshot
 
@@ -1614,10 +1619,6 @@ def _text_of(error: Exception) -> str:
         return type(error).__name__
 
 
-class _MemoryLost(Exception):
-    """Replacing a VM's memory failed half-way; the cause is chained."""
-
-
 _PIT_PORTS = range(0x40, 0x44)
 """Where a guest that programs the interrupt controllers may write to a timer that is not there (abi.md 6.6)."""
 
@@ -1646,7 +1647,6 @@ class _Guest:
         interrupt: InterruptHandle,
         config: SandboxConfiguration,
     ) -> None:
-        self.snapshot = snapshot
         self.functions = functions
         self.interrupt = interrupt
         self.debugger: _Debugger | None = None
@@ -1660,17 +1660,17 @@ class _Guest:
         self._memory_profile: Callable[[MemoryEvent], None] | None = None
         self._ports = self._PORTS
         self._first = snapshot
+        self._generation = snapshot.generation
         self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
         self._entry_registers = self._next_entry_registers = b""
         self.host_failure: BaseException | None = None
-        self._resets_fpu_for_guest = not snapshot.elf.privilege.resets_fpu
         self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
         self._files: dict[int, SharedMemory] = {}
         with contextlib.ExitStack() as undo:
-            self._ram = _Ram(snapshot)
-            undo.callback(self._ram.close)
-            self.physical = self._ram.physical_view()
+            ram = _Ram(snapshot)
+            undo.callback(ram.close)
+            self._adopt(ram)
             self.vm = _VirtualMachine(
                 self._ram.slots(),
                 snapshot.layout.pt_base_gpa,
@@ -1785,7 +1785,7 @@ class _Guest:
     def start_again(self) -> None:
         """Go back to the first state that the debugger saw, and to the beginning of the call in progress."""
         if self._first.is_initialized:
-            self.restore(self._first)
+            self.restore(self.ram_for(self._first))
         else:
             self._ram.reset()
             self.vm.load_sregs(_initial_sregs(self.snapshot.layout.pt_base_gpa))
@@ -2100,6 +2100,7 @@ class _Guest:
     def capture(self) -> Snapshot:
         """Copy the guest's live pages into a compact image with page tables of its own (abi.md 5.7)."""
         old = self.snapshot
+        self._generation += 1
         sregs = self.vm.vcpu.get_sregs()
         leaves = [leaf for leaf in self.physical.walk(sregs.cr3) if _is_captured(leaf, old.layout)]
         moved, spans = _compact(leaves, self.physical)
@@ -2118,22 +2119,30 @@ class _Guest:
             stack_top=self._stack_top,
             sregs=bytes(sregs),
             signatures={name: function.signature for name, function in self.functions.items()},
-            generation=old.generation + 1,
+            generation=self._generation,
             platform=self.vm.platform.capture(),
         )
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Put memory, mappings and vCPU back to *snapshot* (abi.md 5.8).
+    def ram_for(self, snapshot: Snapshot) -> _Ram:
+        """Return memories that hold *snapshot*: the VM's own, or new ones.
 
-        Raises ``_MemoryLost`` where the VM may be left without its memory.
+        All of a restore that can fail for lack of memory: nothing is touched yet.
+        """
+        return self._ram if snapshot is self.snapshot else _Ram(snapshot)
+
+    def restore(self, ram: _Ram) -> None:
+        """Put memory, mappings and vCPU back to the snapshot for which ``ram_for`` returned *ram* (abi.md 5.8).
+
+        Where it fails without ``has_memory``, the VM is beyond repair.
         """
         for gpa in list(self._regions):  # first: the memory's view that knows them may be replaced
             self._unmap_region(gpa)
-        if snapshot is self.snapshot:
-            self._ram.reset()
+        if ram is self._ram:
+            ram.reset()
         else:
-            self._replace_ram(snapshot)
-        self._reset(snapshot)
+            self._replace_ram(ram)
+        self._generation = ram.snapshot.generation
+        self._reset(ram.snapshot)
 
     def _reset(self, snapshot: Snapshot) -> None:
         """Put the vCPU where *snapshot*, of an initialised guest, left it."""
@@ -2146,21 +2155,25 @@ class _Guest:
         self.vm.platform.restore(snapshot.platform)
         self._set_entry(snapshot.entry, snapshot.stack_top, flush=True)
 
-    def _replace_ram(self, snapshot: Snapshot) -> None:
-        """Exchange both memories of the VM for those of *snapshot*."""
-        ram = _Ram(snapshot)  # all that can fail for lack of memory comes before the point of no return
+    def _replace_ram(self, ram: _Ram) -> None:
+        """Exchange both memories of the VM for *ram*."""
+        self.has_memory = False  # until it has all of the new
         try:
             for gpa, _, _ in self._ram.slots():
                 self.vm.unmap(gpa)
             for slot in ram.slots():
                 self.vm.map(*slot)
-        except kvm_abi.KvmError as error:
+        except BaseException:
             ram.close()
-            raise _MemoryLost from error
+            raise
         self._ram.close()
-        self._ram = ram
-        self.snapshot = snapshot
+        self._adopt(ram)
+
+    def _adopt(self, ram: _Ram) -> None:
+        """Take *ram*, which the VM has, as the guest's."""
+        self._ram, self.snapshot, self.has_memory = ram, ram.snapshot, True
         self.physical = ram.physical_view()
+        self._resets_fpu_for_guest = not ram.snapshot.elf.privilege.resets_fpu
 
 
 _IO_EXIT = struct.Struct("<BBHIQ")

@@ -298,17 +298,23 @@ CODE = range(_BASE, _BASE + memory.PAGE_SIZE)
 """Where the guest's instructions lie (gva)."""
 
 
-def privilege_note(*, resets_fpu: bool = True, takes_seed: bool = True) -> Section:
-    """Return the note of a guest that runs at CPL 3 in all its pages."""
+def privilege_note(*, resets_fpu: bool = True, takes_seed: bool = True, kernel: range = range(0)) -> Section:
+    """Return the note of a guest that runs at CPL 3 in all pages of its image but *kernel* (offsets in bytes)."""
     flags = 1 | resets_fpu << 1 | takes_seed << 2
-    return Section(
-        ".note.hyperlight-privilege", SHT_NOTE, note(b"Hyperlight", 2, struct.pack("<IIQQ", 1, flags, 0, 0))
-    )
+    description = struct.pack("<IIQQ", 1, flags, kernel.start, len(kernel))
+    return Section(".note.hyperlight-privilege", SHT_NOTE, note(b"Hyperlight", 2, description))
 
 
-def tiny_guest(*, user_mode: bool, takes_seed: bool = False, version: bytes | None = None) -> bytes:
-    """Return the guest's ELF. *takes_seed* needs user mode; *version* goes into the version note."""
-    sections = [privilege_note(takes_seed=takes_seed)] if user_mode else []
+def tiny_guest(
+    *, user_mode: bool, takes_seed: bool = False, version: bytes | None = None, keeps_page_b: bool = False
+) -> bytes:
+    """Return the guest's ELF. *version* goes into the version note.
+
+    *takes_seed* needs user mode, and *keeps_page_b*, which makes the page that holds PAGE_B the kernel's.
+    """
+    image = _image(user_mode)
+    kernel = range(len(image) - memory.PAGE_SIZE, len(image)) if keeps_page_b else range(0)
+    sections = [privilege_note(takes_seed=takes_seed, kernel=kernel)] if user_mode else []
     if version is not None:
         sections.append(version_note(version))
-    return write_elf([Load(0, _image(user_mode), executable=True)], sections=sections)
+    return write_elf([Load(0, image, executable=True)], sections=sections)
