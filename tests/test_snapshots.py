@@ -483,6 +483,17 @@ def test_user_bit_survives() -> None:
         assert look(sandbox) == (tinyguest.PAGE_A, tinyguest.FAULT)
 
 
+@pytest.mark.parametrize("mode", ["guest", "host"])
+def test_user_bit_of_pages_that_the_guest_allocated_survives(mode: Any) -> None:
+    with boot(copy_on_write=mode) as sandbox:
+        sandbox.call("CallMalloc", 0x5000)
+        before = rights_of_pages(sandbox)
+        assert {user for user, _ in before.values()} == {False, True}
+        sandbox.restore(sandbox.snapshot())
+        assert rights_of_pages(sandbox) == before
+        sandbox.call("CallMalloc", 0x5000)
+
+
 @require("gcc")
 @pytest.mark.parametrize("whose", ["its own", "another sandbox's"])
 def test_no_stale_translation_after_a_restore(whose: str) -> None:
