@@ -1084,8 +1084,8 @@ class MultiUseSandbox:
         """Put the guest back to *snapshot*, its own or another sandbox's; a poisoned sandbox is ready again.
 
         Mapped regions and files are unmapped (what the guest had mapped of them is in the snapshot). Raises
-        ``SnapshotMismatch`` or ``SnapshotHostFunctionMismatch``, before anything is touched;
-        ``UnrecoverableSandbox``.
+        ``SnapshotMismatch``, ``SnapshotHostFunctionMismatch`` or ``MmapFailed`` before anything is touched;
+        ``KvmError`` for what may be tried again, the sandbox being poisoned; ``UnrecoverableSandbox``.
         """
         with self._exclusively(poisoned_too=True):
             snapshot._check_host_functions(self._functions)
