@@ -401,15 +401,19 @@ class UnexpectedVmExit(HyperlightVmError):
 class EmulationFailure(UnexpectedVmExit):
     """This KVM emulates guest code and cannot do an instruction.
 
-    ``instruction`` holds its bytes as far as KVM reports them, ``rip`` its address (gva).
+    ``instruction`` holds its bytes as far as KVM reports them, ``rip`` its address (gva). *emulates_cpl0*:
+    it emulates all code at CPL 0, and not only what touches addresses without memory.
     """
 
-    def __init__(self, instruction: bytes, rip: int) -> None:
+    def __init__(self, instruction: bytes, rip: int, *, emulates_cpl0: bool) -> None:
         shown = instruction.hex(" ") or "unknown"
+        advice = (
+            ". This KVM emulates code at CPL 0, without SSE, AVX and x87: run a user-mode guest here, or this one "
+            "on a KVM with hardware virtualisation ('hyperlight doctor' tells)"
+        )
         super().__init__(
-            f"KVM cannot emulate the instruction at {rip:#x} (bytes {shown}). This KVM emulates code at "
-            "CPL 0, without SSE, AVX and x87: run a user-mode guest here, or this one on a KVM with hardware "
-            "virtualisation ('hyperlight doctor' tells)"
+            f"KVM cannot emulate the instruction at {rip:#x} (bytes {shown})"
+            f"{advice if emulates_cpl0 else ', which touches an address without memory'}"
         )
         self.instruction = instruction
         self.rip = rip
@@ -1899,7 +1903,8 @@ class _Guest:
                     return MemoryAccessViolation(gpa, tried, flags)
             return MmioWriteUnmapped(gpa) if tried is MemoryRegionFlags.WRITE else MmioReadUnmapped(gpa)
         if reason == KvmExit.INTERNAL_ERROR and kvm_run.internal.suberror == kvm_abi.InternalError.EMULATION:
-            return EmulationFailure(kvm_abi.failed_instruction(kvm_run), self.vm.registers()["rip"])
+            rip, emulated = self.vm.registers()["rip"], cpl0_is_emulated()
+            return EmulationFailure(kvm_abi.failed_instruction(kvm_run), rip, emulates_cpl0=emulated)
         return UnexpectedVmExit(kvm_abi.describe_exit(kvm_run))
 
     def _explain(self, failure: GuestFailure) -> None:

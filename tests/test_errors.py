@@ -329,7 +329,7 @@ PICKLED = [
     hyperlight.InvalidPort(7),
     hyperlight.HostFunctionNotFound("F"),
     memory.MemoryRequestTooBig(2, 1),
-    hyperlight.EmulationFailure(b"\x0f\x57\xc0", 0x1000),
+    hyperlight.EmulationFailure(b"\x0f\x57\xc0", 0x1000, emulates_cpl0=True),
     hyperlight.GuestBinaryNotFound(2, "No such file or directory", "/guest"),
     hyperlight.KvmError(kvm_abi.KvmError("KVM_CREATE_VM", 22)),
 ]

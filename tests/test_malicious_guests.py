@@ -195,6 +195,18 @@ def test_attack_ends_the_run(name: str) -> None:
         assert sandbox.status is SandboxStatus.POISONED
 
 
+def test_what_cannot_be_emulated_is_told_apart() -> None:
+    """Every KVM emulates access to addresses without memory; not every KVM emulates all code at CPL 0."""
+    addps = f"{map_window(HOLE_GPA | PRESENT_WRITABLE)}; movabs ${WINDOW:#x}, %rax; addps (%rax), %xmm0"
+    with attacked(build(addps)) as sandbox:
+        with pytest.raises(hyperlight.EmulationFailure, match=r"\(bytes 0f 58 00 ") as caught:
+            sandbox.call(EVIL)
+        assert sandbox.status is SandboxStatus.POISONED
+    emulated = hyperlight.cpl0_is_emulated()
+    assert ("This KVM emulates code at CPL 0" in str(caught.value)) is emulated
+    assert ("touches an address without memory" in str(caught.value)) is not emulated
+
+
 def test_rep_outs_to_the_halt_port_halts() -> None:
     with attacked(
         build("put_on_output fine, fine_size; mov $108, %edx; mov $-1, %rcx; rep outsb", fine=answer(7))
