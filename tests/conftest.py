@@ -3,6 +3,7 @@
 A test that needs KVM, a compiler or a debugger says so with ``require("kvm")``, which is a pytest
 mark: the test is skipped with the reason, or fails with it when the environment variable
 ``HYPERLIGHT_REQUIRE`` names the need (``HYPERLIGHT_REQUIRE=kvm,gcc,gdb``, as ``.ci/run`` sets it).
+Each need is a mark as well: ``pytest -m kvm`` runs only what needs KVM.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNEL_GUESTS = REPOSITORY / "tests" / "bin"
 """The prebuilt guests, built for kernel mode: all their code at CPL 0."""
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # an emulated one takes its time
+hypothesis.settings.load_profile("any machine")
 
 
 def _lacks_kvm() -> str | None:
@@ -48,6 +53,51 @@ def _lacks_real_cpl0() -> str | None:
     return "this KVM emulates CPL 0" if hyperlight.cpl0_is_emulated() else None
 
 
+def _lacks_emulated_cpl0() -> str | None:
+    return _lacks_kvm() or (None if _lacks_real_cpl0() else "this KVM runs code at CPL 0 on the processor")
+
+
+def _lacks_native_cpu() -> str | None:
+    """Say why processor time tells nothing here: as in ``tests/run-in-kvm-amd``."""
+    return "the processor is emulated" if "QEMU TCG" in Path("/proc/cpuinfo").read_text() else None
+
+
+def _lacks_musl() -> str | None:
+    import hyperlight
+
+    return None if hyperlight._installed_musl() else "musl's C library is not installed: apt install musl-dev"
+
+
+def _lacks_msr_filter() -> str | None:
+    if (reason := _lacks_kvm()) is not None:
+        return reason
+    import kvm_abi
+
+    with kvm_abi.Kvm() as kvm:
+        return None if kvm.check_extension(kvm_abi.Cap.X86_MSR_FILTER) else "this KVM has no filter for MSRs"
+
+
+def _lacks_timer_interrupts() -> str | None:
+    """Say why timer interrupts cannot be tested here, having tried one."""
+    if (reason := _lacks_kvm()) is not None:
+        return reason
+    import hyperlight
+    from memory import UInt, ULong
+
+    timed = hyperlight.SandboxConfiguration(hardware_timer=True)
+    with hyperlight.UninitializedSandbox("simpleguest", timed).evolve() as sandbox:
+        watchdog = threading.Timer(20, sandbox.interrupt_handle().kill)
+        watchdog.start()
+        try:
+            ticks = sandbox.call("TimerTicks", UInt(1000), 1, ULong(1_000_000))
+        except hyperlight.GuestFailure as failure:
+            return f"this KVM delivers no timer interrupt: {failure}"
+        finally:
+            watchdog.cancel()
+            watchdog.join()
+    return None if ticks else "this KVM delivers no timer interrupt"
+
+
 def _lacks_wheels() -> str | None:
     import wheels
 
@@ -57,9 +107,14 @@ def _lacks_wheels() -> str | None:
 NEEDS: dict[str, Callable[[], str | None]] = {
     "kvm": _lacks_kvm,
     "real_cpl0": _lacks_real_cpl0,
+    "emulated_cpl0": _lacks_emulated_cpl0,
+    "timer_interrupts": _lacks_timer_interrupts,
+    "msr_filter": _lacks_msr_filter,
+    "native_cpu": _lacks_native_cpu,
     "gcc": _lacks_program("gcc"),
     "gdb": _lacks_program("gdb"),
     "lldb": _lacks_program("lldb"),
+    "musl": _lacks_musl,
     "wheels": _lacks_wheels,
 }
 
@@ -79,6 +134,15 @@ def require(need: str) -> pytest.MarkDecorator:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "require(need): skip, with the reason, where the machine lacks it")
+    for name in NEEDS:
+        config.addinivalue_line("markers", f"{name}: for -m; tests have it by require({name!r})")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in list(item.iter_markers("require")):
+            item.add_marker(*mark.args)
 
 
 def need(name: str) -> None:

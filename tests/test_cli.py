@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import shutil
 import signal
 import struct
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import elfwriter
 import pytest
-from conftest import REPOSITORY, require
+from conftest import REPOSITORY, need, require
 
 import hyperlight
 from hyperlight import Double, Float, Int, Long, main
@@ -384,7 +383,7 @@ hl_Vec *c_guest_dispatch_function(const hl_FunctionCall *call) { (void)call; ret
 
 @require("gcc")
 @require("kvm")
-@pytest.mark.skipif(hyperlight._installed_musl() is None, reason="needs musl's C library: apt install musl-dev")
+@require("musl")
 def test_integer_from_main_is_the_exit_status(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "my.c").write_text(SOURCE)
     guest = str(tmp_path / "my guest")
@@ -413,8 +412,8 @@ def test_build_shows_what_gcc_says(capfd: pytest.CaptureFixture[str], tmp_path: 
 def test_build_without_what_it_needs(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, path: str, source: str, why: str
 ) -> None:
-    if source and shutil.which("gcc") is None:
-        pytest.skip("needs gcc: gcc is not installed")
+    if source:
+        need("gcc")
     monkeypatch.setenv("PATH", path)
     assert why in refused(capfd, "build", source or __file__, "-o", "/no/where")
 
@@ -423,6 +422,7 @@ def test_build_without_what_it_needs(
 
 
 @require("kvm")
+@require("native_cpu")
 def test_cold_start_is_quick(tmp_path: Path) -> None:
     """Issue 2, item 6. Processor time, which is what it takes on a machine that nobody else uses."""
     environment = {**ENVIRONMENT, "PYTHONPYCACHEPREFIX": str(tmp_path)}  # as installed: compiled once

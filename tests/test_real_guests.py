@@ -489,15 +489,9 @@ def test_guest_of_an_unknown_release_is_refused_with_the_known_ones(engine: str)
     assert caught.value.guest_bin_version == "0.18.0"
 
 
-@pytest.fixture
-def emulating_kvm() -> None:
-    if not hyperlight.cpl0_is_emulated():
-        pytest.skip("this KVM runs real guests")
-
-
 @require("kvm")
 @require("wheels")
-@pytest.mark.usefixtures("emulating_kvm")
+@require("emulated_cpl0")
 class TestOnEmulatingKvm:
     @pytest.mark.parametrize(("engine", "release"), wheels.GUESTS)
     def test_each_guest_says_in_one_line_that_it_cannot_run_here(self, engine: str, release: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import select
 import struct
@@ -85,31 +84,10 @@ def test_a_long_period_ends_at_once(timer: _Timer) -> None:
 # -- the timer of a guest -------------------------------------------------------------------
 
 
-@functools.cache
-def undelivered() -> str | None:
-    """Say why timer interrupts cannot be tested here, having tried one."""
-    with UninitializedSandbox("simpleguest", TIMED).evolve() as sandbox:
-        watchdog = threading.Timer(20, sandbox.interrupt_handle().kill)
-        watchdog.start()
-        try:
-            ticks = sandbox.call("TimerTicks", UInt(1000), 1, ULong(1_000_000))
-        except hyperlight.GuestFailure as failure:
-            return f"this KVM delivers no timer interrupt: {failure}"
-        finally:
-            watchdog.cancel()
-            watchdog.join()
-    return None if ticks else "this KVM delivers no timer interrupt"
-
-
-def needs_interrupts() -> None:
-    if (reason := undelivered()) is not None:
-        pytest.skip(reason)
-
-
 @require("kvm")
+@require("timer_interrupts")
 def test_a_timer_of_a_millisecond_interrupts_the_guest() -> None:
     """B.16/256."""
-    needs_interrupts()
     with UninitializedSandbox("simpleguest", TIMED).evolve() as sandbox:
         begin = time.monotonic()
         assert sandbox.call("TimerTicks", UInt(1000), 3, ULong(10_000_000)) == 3
@@ -302,25 +280,14 @@ def test_msrs_are_normalised() -> None:
     assert SandboxConfiguration(guest_msrs=None).guest_msrs is None
 
 
-@functools.cache
-def unfiltered() -> str | None:
-    with kvm_abi.Kvm() as kvm:
-        return None if kvm.check_extension(kvm_abi.Cap.X86_MSR_FILTER) else "this KVM has no filter for MSRs"
-
-
-def needs_filter() -> None:
-    if (reason := unfiltered()) is not None:
-        pytest.skip(reason)
-
-
 @require("kvm")
+@require("msr_filter")
 @require("gcc")
 @pytest.mark.parametrize(("access", "index"), [(read_msr, LSTAR), (increment_msr, LSTAR), (read_msr, Msr.IA32_TSC)])
 def test_an_undeclared_msr_faults_in_the_guest(
     access: Callable[[int], bytes], index: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """features.md C.4. A raw guest has no IDT: its fault is a triple fault."""
-    needs_filter()
     with UninitializedSandbox(access(index), SandboxConfiguration(guest_msrs=(Msr.CSTAR,))).evolve() as sandbox:
         before = sandbox.snapshot()
         for _ in range(2):
@@ -333,18 +300,18 @@ def test_an_undeclared_msr_faults_in_the_guest(
 
 
 @require("kvm")
+@require("msr_filter")
 @require("gcc")
 def test_no_msr_is_the_guests_by_default() -> None:
-    needs_filter()
     with UninitializedSandbox(read_msr(LSTAR)).evolve() as sandbox, pytest.raises(hyperlight.UnexpectedVmExit):
         sandbox.call("any")
 
 
 @require("kvm")
+@require("msr_filter")
 @require("gcc")
 def test_a_declared_msr_is_captured_and_restored() -> None:
     """features.md C.4."""
-    needs_filter()
     with UninitializedSandbox(increment_msr(LSTAR), SandboxConfiguration(guest_msrs=(LSTAR,))).evolve() as sandbox:
         zero = sandbox.snapshot()
         assert [sandbox.call("any") for _ in range(2)] == [1, 2]
@@ -360,10 +327,10 @@ def test_a_declared_msr_is_captured_and_restored() -> None:
 
 
 @require("kvm")
+@require("msr_filter")
 @require("gcc")
 def test_a_snapshot_without_the_msr_gives_it_its_first_value() -> None:
     """features.md C.4: every other MSR goes back to what it was when the VM was made."""
-    needs_filter()
     guest = increment_msr(LSTAR)
     with UninitializedSandbox(guest).evolve() as plain:
         snapshot = plain.snapshot()
@@ -411,8 +378,8 @@ def test_a_snapshots_msrs_must_be_declared() -> None:
 
 
 @require("kvm")
+@require("msr_filter")
 def test_an_msr_that_kvm_does_not_have_is_a_clear_error(no_leaks: None) -> None:
-    needs_filter()
     with pytest.raises(MsrError, match=r"this KVM does not have all of guest_msrs: .*0x12345"):
         UninitializedSandbox("simpleguest", SandboxConfiguration(guest_msrs=(0x12345,))).evolve()
 
