@@ -172,6 +172,7 @@ def test_handles_give_their_file_descriptors_back() -> None:
 
 
 def test_forgotten_handles_give_their_file_descriptors_back() -> None:
+    gc.collect()  # of what other tests forgot
     before = open_fds()
     made = Machine(HLT)
     del made
