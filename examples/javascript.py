@@ -1,9 +1,13 @@
 """Evaluate JavaScript in a micro-VM: drives the QuickJS guest that others publish for Hyperlight.
 
-Usage::
+Usage, with hyperlight installed (or ``PYTHONPATH=.`` in a checkout)::
 
     $ python3 examples/javascript.py 'console.log(1 + 1)'
     2
+    $ python3 examples/javascript.py 'import("host").then(host => host.add(3, 4))'
+    7
+    $ python3 examples/javascript.py --event '{"n": 6}' 'export function handler(event) { return event.n * 7; }'
+    42
 
     from javascript import JavaScript
 
@@ -14,7 +18,11 @@ Usage::
             let calls = 0;
             export function handler(event) { return {hello: event.name, sum: host.add(3, 4), calls: ++calls}; }
         ''')
-        js.call("greet", {"name": "World"})       # {"hello": "World", "sum": 7, "calls": 1}
+        js.call("greet", {"name": "World"})["calls"]  # 1
+        once = js.snapshot()
+        js.call("greet", {"name": "World"})  # {"hello": "World", "sum": 7, "calls": 2}
+        js.restore(once)
+        js.call("greet", {"name": "World"})["calls"]  # 2
 
 The guest is the ELF inside a wheel of hyperlight-sandbox-backend-hyperlight-js, byte for byte; its version note
 says which of four calling conventions it has. It runs code at CPL 0 that uses SSE, so it needs a KVM with

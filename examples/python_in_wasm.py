@@ -1,6 +1,6 @@
 """Run Python in WebAssembly in a micro-VM: drives the guest and the component that others publish for Hyperlight.
 
-Usage::
+Usage, with hyperlight installed (or ``PYTHONPATH=.`` in a checkout)::
 
     $ python3 examples/python_in_wasm.py 'print(call_tool("add", a=3, b=4))'
     7
@@ -8,9 +8,11 @@ Usage::
     from python_in_wasm import PythonInWasm
 
     with PythonInWasm(guest, component, {"add": lambda a, b: a + b}) as python:
-        fresh = python.snapshot()
         python.run("print(call_tool('add', a=3, b=4))")  # Completed(stdout="7\\n", stderr="", exit_code=0)
+        fresh = python.snapshot()
+        python.run("import sys; sys.mark = 1")
         python.restore(fresh)
+        python.run("import sys; print(hasattr(sys, 'mark'))").stdout  # "False\\n"
 
 The guest is wasmtime as a Hyperlight guest, the ELF inside a wheel of hyperlight-sandbox-backend-wasm; the component is
 CPython 3.14 compiled ahead of time by the same wasmtime, the .aot in a wheel of hyperlight-sandbox-python-guest. Take

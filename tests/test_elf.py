@@ -148,6 +148,7 @@ def test_another_version_is_refused_with_both_versions(version: str) -> None:
     start, _, rest = str(caught.value).partition(", but ")
     assert start.startswith("Guest binary was built with hyperlight-guest-bin ")
     assert rest.startswith("the host is running hyperlight 0.14.0")
+    assert all(known in rest for known in memory.SUPPORTED_GUEST_VERSIONS)
     assert str(caught.value).isprintable()
 
 

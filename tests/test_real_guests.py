@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,8 +26,10 @@ import wheels
 from conftest import REPOSITORY, require
 from hypothesis import given
 from hypothesis import strategies as st
+from tinyguest import READ, tiny_guest
 
 import hyperlight
+import memory
 from hyperlight import (
     DebugInfo,
     EmulationFailure,
@@ -33,6 +39,7 @@ from hyperlight import (
     InitializeError,
     Int,
     InterruptHandle,
+    Long,
     MultiUseSandbox,
     PoisonedSandbox,
     Snapshot,
@@ -66,6 +73,12 @@ def killed_once_started(handle: InterruptHandle) -> Iterator[None]:
     assert kills == [True]
 
 
+def booted_as(releases: Iterable[str]) -> list[Any]:
+    """Return parameters: each release, with a copy at the first write to a page by either side."""
+    pairs = itertools.product(releases, ("host", "guest"))
+    return [pytest.param(pair, id="{}, copied by the {}".format(*pair)) for pair in pairs]
+
+
 # ======================================================================================
 # JavaScript
 # ======================================================================================
@@ -86,12 +99,16 @@ export function handler(event) { return {calls: ++calls, sum: host.add(3, 4), ev
 """
 
 
-@pytest.fixture(scope="module", params=list(javascript.CONVENTIONS))
+@pytest.fixture(scope="module", params=booted_as(javascript.CONVENTIONS))
 def js_snapshot(request: pytest.FixtureRequest) -> Snapshot:
     """Return a guest of one release at rest, with a handler that counts."""
-    with JavaScript(wheels.guest_elf("js", request.param), MODULES) as booted:
+    release, copy_on_write = request.param
+    config = dataclasses.replace(javascript.SIZES, copy_on_write=copy_on_write)
+    with JavaScript(wheels.guest_elf("js", release), MODULES, config=config) as booted:
         booted.register("count", COUNTER)
-        return booted.snapshot()
+        snapshot = booted.snapshot()
+    assert (snapshot.elf.version, snapshot.copy_on_write) == request.param
+    return snapshot
 
 
 @pytest.fixture
@@ -124,7 +141,7 @@ class TestJavaScript:
     def test_guest_reads_the_hosts_clock(self, js: JavaScript) -> None:
         assert js.evaluate("new Date().getFullYear()") > 2021  # 2021 is what it shows where the host has no clock
 
-    @pytest.mark.parametrize("js_snapshot", ["0.16.0", "0.17.0"], indirect=True)
+    @pytest.mark.parametrize("js_snapshot", booted_as(["0.16.0", "0.17.0"]), indirect=True)
     def test_byte_arrays_travel_both_ways(self, js: JavaScript) -> None:
         assert js.evaluate(with_host("Array.from(host.reverse(new Uint8Array([1, 2, 255])))")) == [255, 2, 1]
         nested = with_host("{ const it = host.wrap(new Uint8Array(3)); return [it.size, it.data.length]; }")
@@ -230,20 +247,24 @@ class TestJavaScriptBytes:
 # Python in WebAssembly
 # ======================================================================================
 
+WASM_RELEASES = [release for engine, release in wheels.GUESTS if engine == "wasm"]
 TOOLS: python_in_wasm.Tools = {"add": lambda a, b: a + b, "fail": lambda: 1 / 0, "start": started.set}
 
 
-@pytest.fixture(scope="module", params=python_in_wasm.RELEASES)
+@pytest.fixture(scope="module", params=booted_as(python_in_wasm.RELEASES))
 def wasm_snapshot(request: pytest.FixtureRequest) -> Snapshot:
     """Return a guest of one release at rest, with the component loaded and its first run behind it."""
-    guest, component = wheels.guest_elf("wasm", request.param), wheels.python_component(request.param)
-    with PythonInWasm(guest, component, TOOLS) as booted:
+    release, copy_on_write = request.param
+    guest, component = wheels.guest_elf("wasm", release), wheels.python_component(release)
+    config = dataclasses.replace(python_in_wasm.SIZES, copy_on_write=copy_on_write)
+    with PythonInWasm(guest, component, TOOLS, config=config) as booted:
         assert booted.run("print('up')") == Completed("up\n", "", 0)
         snapshot = booted.snapshot()
         booted.run("import sys; sys.mark = 1")
         booted.restore(snapshot)  # which unmaps the component's file: the snapshot holds it
         assert booted.run("import sys; print(hasattr(sys, 'mark'))").stdout == "False\n"
-        return snapshot
+    assert (snapshot.elf.version, snapshot.copy_on_write) == request.param
+    return snapshot
 
 
 @pytest.fixture
@@ -321,7 +342,7 @@ class TestPythonInWasm:
         assert (caught.value.code, caught.value.message) == (13, "Out of physical memory")
 
 
-@pytest.mark.parametrize("release", python_in_wasm.RELEASES)
+@pytest.mark.parametrize("release", WASM_RELEASES)
 class TestWasmGuestWithoutComponent:
     pytestmark = needs_real_guests
 
@@ -347,7 +368,7 @@ class TestImportsOfTheComponent:
             assert answer.startswith(b"\1") or signature.result.name != "result"
 
     @require("wheels")
-    @pytest.mark.parametrize("release", [release for engine, release in wheels.GUESTS if engine == "wasm"])
+    @pytest.mark.parametrize("release", WASM_RELEASES)
     def test_the_guest_holds_each_name(self, release: str) -> None:
         elf = wheels.guest_elf("wasm", release).read_bytes()
         absent = [each.guest_name for each in python_in_wasm._signatures() if each.guest_name.encode() not in elf]
@@ -395,6 +416,40 @@ class TestImportsOfTheComponent:
 
 
 # ======================================================================================
+# The examples as their documentation shows them
+# ======================================================================================
+
+
+def usage(example: ModuleType) -> tuple[list[tuple[str, str]], str]:
+    """Return the commands in the docstring of *example*, each with what it prints, and the Python code."""
+    documentation = example.__doc__ or ""
+    commands = re.findall(r"^    \$ python3 examples/\w+.py (.*\n)    (.*\n)", documentation, re.MULTILINE)
+    (code,) = re.findall(r"^    from [^\n]*\n(?:\n| {4}[^\n]*\n)+", documentation, re.MULTILINE)
+    return commands, textwrap.dedent(code)
+
+
+class TestUsage:
+    pytestmark = needs_real_guests
+
+    @pytest.mark.parametrize("example", [javascript, python_in_wasm])
+    def test_commands(self, example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+        commands, _ = usage(example)
+        assert commands
+        for arguments, printed in commands:
+            assert example.main(shlex.split(arguments)) == 0
+            assert capsys.readouterr() == (printed, "")
+
+    @pytest.mark.parametrize("example", [javascript, python_in_wasm])
+    def test_expressions_give_what_their_comments_say(self, example: ModuleType) -> None:
+        _, code = usage(example)
+        code, checks = re.subn(r"^( *)(\S.*?) +# (.+)$", r"\1assert (\2) == (\3)", code, flags=re.MULTILINE)
+        assert checks
+        engine = "js" if example is javascript else "wasm"
+        files = {"guest": wheels.guest_elf(engine, "0.17.0"), "component": wheels.python_component("0.17.0")}
+        exec(code, {**vars(example), **files})
+
+
+# ======================================================================================
 # The examples as commands
 # ======================================================================================
 
@@ -405,8 +460,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("arguments", "status", "out", "err"),
         [
-            (["console.log(1 + 1)"], 0, "2\n", ""),
-            (["import('host').then(host => host.add(3, 4))"], 0, "7\n", ""),
+            (["undefined"], 0, "", ""),
             (["--event", '{"n": 1}', "export function handler(event) { return [event]; }"], 0, '[{"n": 1}]\n', ""),
             (["throw new Error('boom')"], 1, "", "boom"),
         ],
@@ -451,7 +505,7 @@ def test_event_that_is_not_json_is_refused(capsys: pytest.CaptureFixture[str]) -
 class TestDebugger:
     pytestmark = needs_real_guests
 
-    @pytest.mark.parametrize("js_snapshot", ["0.14.0", "0.17.0"], indirect=True)
+    @pytest.mark.parametrize("js_snapshot", booted_as(["0.14.0", "0.17.0"]), indirect=True)
     def test_gdb_stops_at_a_named_function_and_shows_a_backtrace(self, js_snapshot: Snapshot, tmp_path: Path) -> None:
         commands = ["break JS_CallInternal", "continue", "backtrace 2", "delete", "detach"]
         sessions: list[subprocess.Popen[str]] = []
@@ -477,6 +531,22 @@ class TestDebugger:
 # ======================================================================================
 
 
+@require("kvm")
+@require("gcc")
+@pytest.mark.parametrize("version", [None, *memory.SUPPORTED_GUEST_VERSIONS])
+def test_bookkeeping_after_a_restore_is_what_the_release_knows(version: str | None) -> None:
+    """Spec: guest-versions.md 7; a guest without a note is one of 0.14."""
+    guest = tiny_guest(user_mode=False, version=version and version.encode())
+    with UninitializedSandbox(guest).evolve() as sandbox:
+        snapshot = sandbox.snapshot()
+        sandbox.restore(snapshot)
+        places = (memory.SCRATCH_TOP_SNAPSHOT_PT_BASE, memory.SCRATCH_TOP_GENERATION, memory.SCRATCH_TOP_RNG_SEED)
+        table, generation, seed = (sandbox.call(READ, Long(-0x1000 - place)) for place in places)
+    known = version not in (None, "0.14.0")
+    assert (table, generation) == ((snapshot.layout.pt_base_gpa, snapshot.generation) if known else (0, 0))
+    assert seed >> 32 == (version == "0.17.0")
+
+
 @require("wheels")
 @pytest.mark.parametrize("engine", ["js", "wasm"])
 def test_guest_of_an_unknown_release_is_refused_with_the_known_ones(engine: str) -> None:
@@ -500,6 +570,17 @@ class TestOnEmulatingKvm:
             UninitializedSandbox(wheels.guest_elf(engine, release), config).evolve()
         self.check_line(str(caught.value))
         assert isinstance(caught.value.__cause__, EmulationFailure)
+
+    @pytest.mark.parametrize(("engine", "release"), wheels.GUESTS)
+    def test_the_command_says_so_and_where_the_guest_stopped(
+        self, engine: str, release: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert hyperlight.main(["call", str(wheels.guest_elf(engine, release)), "Any"]) == 1
+        out, err = capsys.readouterr()
+        line, place, end = err.split("\n")
+        assert (out, end) == ("", "")
+        self.check_line(line)
+        assert re.fullmatch(r"    stopped at 0x[0-9a-f]+ \(\w+\+0x[0-9a-f]+\)", place)
 
     @pytest.mark.parametrize("example", ["javascript.py", "python_in_wasm.py"])
     @pytest.mark.parametrize("release", python_in_wasm.RELEASES)

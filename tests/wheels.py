@@ -4,8 +4,11 @@
     path = wheels.guest_elf("js", "0.14.0")     # the QuickJS guest, built for Hyperlight 0.14.0
     aot = wheels.python_component("0.14.0")     # the Python component for the "wasm" guest of that release
 
+    $ python3 tests/wheels.py                   # fetch all of them, or say why that fails
+
 A wheel is fetched by name through pip, as pip is configured on this machine. Only the guest is kept, in
-``~/.cache/hyperlight/wheels`` or ``$HYPERLIGHT_WHEEL_CACHE``, and only if its SHA-256 is the pinned one.
+``~/.cache/hyperlight/wheels`` ($XDG_CACHE_HOME counts) or ``$HYPERLIGHT_WHEEL_CACHE``, and only if its SHA-256
+is the pinned one.
 What this is not: an installer. Nothing from a wheel is imported or run on the host.
 
 Sources: spec/guest-versions.md, sections 1 to 4.
@@ -134,7 +137,8 @@ def fetch(pin: Pin) -> Path:
 
     Raises: WheelUnavailable when pip cannot get the wheel or the file in it is not the pinned one.
     """
-    cache = Path(os.environ.get("HYPERLIGHT_WHEEL_CACHE") or Path.home() / ".cache/hyperlight/wheels")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("HYPERLIGHT_WHEEL_CACHE") or caches / "hyperlight/wheels")
     path = cache / pin.file_name
     if path.exists():  # files come here whole and checked, by rename
         return path
@@ -227,3 +231,7 @@ def _guest_at(data: bytes, start: int) -> bytes | None:
     names_offset, names_size = sections[e_shstrndx][4:6]
     names = elf[names_offset : names_offset + names_size]
     return elf if any(names.startswith(_VERSION_SECTION, section[0]) for section in sections) else None
+
+
+if __name__ == "__main__":
+    sys.exit(why_unavailable())
