@@ -49,6 +49,7 @@ from hyperlight import (
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(REPOSITORY / "examples"))
     import javascript
+    import pinned_guests
     import python_in_wasm
 from javascript import JavaScript
 from python_in_wasm import Completed, PythonInWasm, Type
@@ -445,7 +446,7 @@ class TestUsage:
         code, checks = re.subn(r"^( *)(\S.*?) +# (.+)$", r"\1assert (\2) == (\3)", code, flags=re.MULTILINE)
         assert checks
         engine = "js" if example is javascript else "wasm"
-        files = {"guest": wheels.guest_elf(engine, "0.17.0"), "component": wheels.python_component("0.17.0")}
+        files = {"guest": pinned_guests.guest(engine, "0.17.0"), "component": pinned_guests.component("0.17.0")}
         exec(code, {**vars(example), **files})
 
 
