@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -11,46 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tinyguest
 from conftest import require
-from tinyguest import ECHO, MEET, MEET_AND_SPIN, MEET_FOR_EVER, MEET_ONCE, SPIN, WORK
+from tinyguest import ECHO, MEET_AND_SPIN, MEET_FOR_EVER, MEET_ONCE, SPIN, WORK, sandbox_meeting, snapshot_of
 
 from hyperlight import (
     ExecutionCanceledByHost,
-    HostFunctions,
     HyperlightError,
-    Int,
     Long,
     MultiUseSandbox,
     PoisonedSandbox,
     SandboxConfiguration,
     Snapshot,
-    UninitializedSandbox,
     metrics,
 )
 
 pytestmark = [require("kvm"), require("gcc")]
-
-
-@functools.cache
-def snapshot_of(user_mode: bool) -> Snapshot:
-    """Return an initialised tiny guest, recorded with ``Meet`` among its host functions."""
-    with UninitializedSandbox(tinyguest.tiny_guest(user_mode=user_mode)) as uninitialized:
-        uninitialized.register(MEET, lambda: None, [], Int)
-        with uninitialized.evolve() as sandbox:
-            return sandbox.snapshot()
-
-
-def sandbox_meeting(
-    snapshot: Snapshot, meet: Callable[[], object] = lambda: None, config: SandboxConfiguration | None = None
-) -> MultiUseSandbox:
-    """Start a sandbox that calls *meet* when its guest calls ``Meet``."""
-
-    def answer() -> Int:
-        meet()
-        return Int(0)
-
-    functions = HostFunctions()
-    functions.register(MEET, answer, [], Int)
-    return MultiUseSandbox.from_snapshot(snapshot, functions, config)
 
 
 @pytest.fixture(params=[False, True], ids=["cpl0", "cpl3"])

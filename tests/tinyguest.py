@@ -24,6 +24,7 @@ import functools
 import struct
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from elfwriter import SHT_NOTE, Load, Section, note, version_note, write_elf
@@ -318,3 +319,31 @@ def tiny_guest(
     if version is not None:
         sections.append(version_note(version))
     return write_elf([Load(0, image, executable=True)], sections=sections)
+
+
+# -- sandboxes of it -----------------------------------------------------------------------
+
+
+@functools.cache
+def snapshot_of(user_mode: bool) -> hyperlight.Snapshot:
+    """Return an initialised tiny guest, recorded with ``Meet`` among its host functions."""
+    with hyperlight.UninitializedSandbox(tiny_guest(user_mode=user_mode)) as uninitialized:
+        uninitialized.register(MEET, lambda: None, [], hyperlight.Int)
+        with uninitialized.evolve() as sandbox:
+            return sandbox.snapshot()
+
+
+def sandbox_meeting(
+    snapshot: hyperlight.Snapshot,
+    meet: Callable[[], object] = lambda: None,
+    config: hyperlight.SandboxConfiguration | None = None,
+) -> hyperlight.MultiUseSandbox:
+    """Start a sandbox that calls *meet* when its guest calls ``Meet``."""
+
+    def answer() -> hyperlight.Int:
+        meet()
+        return hyperlight.Int(0)
+
+    functions = hyperlight.HostFunctions()
+    functions.register(MEET, answer, [], hyperlight.Int)
+    return hyperlight.MultiUseSandbox.from_snapshot(snapshot, functions, config)
