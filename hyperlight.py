@@ -4205,6 +4205,228 @@ def _x87_class(value: bytes) -> int:
 
 
 # ======================================================================================
+# Benchmarks: `hyperlight bench`; tests/bench has more of them, and the floor to compare with
+# ======================================================================================
+
+
+Sampler = Callable[[int], "list[int]"]
+"""Takes so many samples and returns the time of each in nanoseconds."""
+
+
+class Timing(typing.NamedTuple):
+    """What came out of a benchmark, in nanoseconds."""
+
+    median_ns: float
+    p95_ns: float
+    spread: float
+    """The distance between the quartiles, as a part of the median."""
+    samples: int
+
+    @classmethod
+    def of(cls, times_ns: Sequence[int]) -> Timing:
+        """Sum up the *times_ns*, at least one, of single samples."""
+        ordered = sorted(times_ns)
+        first, median, third, p95 = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75, 0.95))
+        return cls(median, p95, (third - first) / max(median, 1), len(ordered))
+
+
+def timed(
+    action: Callable[[], Any], *, before: Callable[[], Any] | None = None, after: Callable[[Any], Any] | None = None
+) -> Sampler:
+    """Return a sampler of *action*; untimed are *before*, and *after*, which gets what the action returned."""
+
+    def sample(count: int) -> list[int]:
+        times = []
+        for _ in range(count):
+            if before is not None:
+                before()
+            begin = time.perf_counter_ns()
+            result = action()
+            times.append(time.perf_counter_ns() - begin)
+            if after is not None:
+                after(result)
+        return times
+
+    return sample
+
+
+def measure(samplers: Mapping[str, Sampler], seconds: float = 5.0, warm_up_s: float = 3.0) -> dict[str, Timing]:
+    """Take samples of all *samplers* in turns for so many seconds each, after a warm-up, and sum them up.
+
+    In turns, because whatever else the machine does then hits all of them. Cyclic garbage is collected between
+    turns, never during a sample.
+    """
+    import gc
+
+    counts = {name: _samples_per_turn(sampler, warm_up_s) for name, sampler in samplers.items()}
+    times: dict[str, list[int]] = {name: [] for name in samplers}
+    spent = dict.fromkeys(samplers, 0.0)
+    while unfinished := [name for name in samplers if spent[name] < seconds]:
+        for name in unfinished:
+            gc.collect()
+            gc.disable()
+            begin = time.perf_counter()
+            try:
+                times[name] += samplers[name](counts[name])
+            finally:
+                gc.enable()
+            spent[name] += time.perf_counter() - begin
+    return {name: Timing.of(each) for name, each in times.items()}
+
+
+_TURN_S = 0.05
+
+
+def _samples_per_turn(sampler: Sampler, warm_up_s: float) -> int:
+    """Warm *sampler* up and return how many samples take one turn."""
+    count, begin = 0, time.perf_counter()
+    while not count or time.perf_counter() - begin < warm_up_s:
+        sampler(1)
+        count += 1
+    return max(1, int(count * _TURN_S / (time.perf_counter() - begin)))
+
+
+@contextlib.contextmanager
+def _benchmark_sandbox(config: SandboxConfiguration) -> Iterator[MultiUseSandbox]:
+    """Boot the guest of the benchmarks."""
+    with UninitializedSandbox("simpleguest", config) as uninitialized:
+        uninitialized.register("HostAdd", lambda left, right: left + right, (Int, Int), Int)
+        with uninitialized.evolve() as sandbox:
+            yield sandbox
+
+
+@contextlib.contextmanager
+def _bench_call(config: SandboxConfiguration) -> Iterator[Sampler]:
+    with _benchmark_sandbox(config) as sandbox:
+        yield timed(lambda: sandbox.call("Echo", "hello\n", returns=str))
+
+
+@contextlib.contextmanager
+def _bench_call_with_restore(config: SandboxConfiguration) -> Iterator[Sampler]:
+    with _benchmark_sandbox(config) as sandbox:
+        snapshot = sandbox.snapshot()
+
+        def call_and_restore() -> None:
+            sandbox.call("Echo", "hello\n", returns=str)
+            sandbox.restore(snapshot)
+
+        yield timed(call_and_restore)
+
+
+@contextlib.contextmanager
+def _bench_call_with_host_function(config: SandboxConfiguration) -> Iterator[Sampler]:
+    with _benchmark_sandbox(config) as sandbox:
+        yield timed(lambda: sandbox.call("Add", 1, 41, returns=Int))
+
+
+@contextlib.contextmanager
+def _bench_create_initialized(config: SandboxConfiguration) -> Iterator[Sampler]:
+    yield timed(lambda: UninitializedSandbox("simpleguest", config).evolve(), after=MultiUseSandbox.close)
+
+
+@contextlib.contextmanager
+def _bench_sandbox_from_snapshot(config: SandboxConfiguration) -> Iterator[Sampler]:
+    with _benchmark_sandbox(config) as sandbox:
+        snapshot, functions = sandbox.snapshot(), sandbox._functions
+        yield timed(
+            lambda: MultiUseSandbox.from_snapshot(snapshot, functions, config), after=MultiUseSandbox.close
+        )
+
+
+@contextlib.contextmanager
+def _bench_interrupt_latency(config: SandboxConfiguration) -> Iterator[Sampler]:
+    """From just before ``kill()`` in one thread to the end of the call in another."""
+    with _benchmark_sandbox(config) as sandbox:
+        snapshot, handle = sandbox.snapshot(), sandbox.interrupt_handle()
+
+        def sample(count: int) -> list[int]:
+            return [_interrupt_once(sandbox, handle, snapshot) for _ in range(count)]
+
+        yield sample
+
+
+def _interrupt_once(sandbox: MultiUseSandbox, handle: InterruptHandle, snapshot: Snapshot) -> int:
+    killed_ns = 0
+
+    def kill() -> None:
+        nonlocal killed_ns
+        time.sleep(0.01)  # as in 0.14's benchmark: the guest is well under way
+        killed_ns = time.perf_counter_ns()
+        handle.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        sandbox.call("Spin", returns=None)
+        raise HyperlightError("a guest that spins returned")
+    except ExecutionCanceledByHost:
+        ended_ns = time.perf_counter_ns()
+    finally:
+        thread.join()
+    sandbox.restore(snapshot)
+    return ended_ns - killed_ns
+
+
+BENCHMARKS: Mapping[str, Callable[[SandboxConfiguration], contextlib.AbstractContextManager[Sampler]]] = {
+    "guest_calls/call": _bench_call,
+    "guest_calls/call_with_restore": _bench_call_with_restore,
+    "guest_calls/call_with_host_function": _bench_call_with_host_function,
+    "guest_calls/interrupt_latency": _bench_interrupt_latency,
+    "sandboxes/create_initialized": _bench_create_initialized,
+    "sandboxes/sandbox_from_snapshot": _bench_sandbox_from_snapshot,
+}
+"""Benchmarks by the names of 0.14's own (spec/performance.md E.3), each a context that yields a sampler."""
+
+
+def benchmark_table(timings: Mapping[str, Timing], earlier: Mapping[str, Timing] | None = None) -> str:
+    """Return a line for each benchmark, with the change against an *earlier* run where that has it."""
+    width = max(map(len, timings), default=0)
+    lines = [f"{'':{width}}  {'median':>10}  {'p95':>10}  {'spread':>6}  {'samples':>7}"]
+    for name, timing in timings.items():
+        median, p95 = _readable_time(timing.median_ns), _readable_time(timing.p95_ns)
+        line = f"{name:{width}}  {median:>10}  {p95:>10}  {timing.spread:>6.0%}  {timing.samples:>7}"
+        if earlier and name in earlier:
+            line += f"  {timing.median_ns / max(earlier[name].median_ns, 1) - 1:+.1%}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _readable_time(time_ns: float) -> str:
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if time_ns >= size:
+            return f"{time_ns / size:.2f} {unit}"
+    return f"{time_ns:.0f} ns"
+
+
+def save_benchmarks(path: StrPath, timings: Mapping[str, Timing]) -> None:
+    """Write *timings* as JSON, with what they were measured on."""
+    import json
+
+    machine = {
+        "machine": " ".join(os.uname()[index] for index in (0, 2, 4)),
+        "cpu_count": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "hyperlight": __version__,
+        "cpl0_is_emulated": cpl0_is_emulated(),
+    }
+    document = {**machine, "benchmarks": {name: each._asdict() for name, each in timings.items()}}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+
+
+def load_benchmarks(path: StrPath) -> dict[str, Timing]:
+    """Read what ``save_benchmarks`` wrote. Raises ``HyperlightError`` for a file of anything else, or none."""
+    import json
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {name: Timing(**values) for name, values in json.load(file)["benchmarks"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HyperlightError(f"{os.fspath(path)} holds no benchmarks: {error}") from error
+
+
+# ======================================================================================
 # Command line
 # ======================================================================================
 
@@ -4943,6 +5165,23 @@ def _tools() -> Iterator[tuple[bool, str, str, str]]:
     yield found, "musl", "the C library for guests beyond the SDK's own", "to have it: apt install musl-dev"
 
 
+# -- bench --------------------------------------------------------------------------------
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Run the benchmarks, one after another, and print a table."""
+    earlier = load_benchmarks(arguments.compare) if arguments.compare else None
+    config = _configuration(arguments)
+    timings: dict[str, Timing] = {}
+    for name, benchmark in BENCHMARKS.items():
+        with benchmark(config) as sampler:
+            timings |= measure({name: sampler}, arguments.seconds, min(0.5, arguments.seconds))
+    _put(benchmark_table(timings, earlier) + "\n")
+    if arguments.json:
+        save_benchmarks(arguments.json, timings)
+    return _Status.OK
+
+
 # -- build --------------------------------------------------------------------------------
 
 
@@ -5107,7 +5346,7 @@ class _Command(typing.NamedTuple):
 
 _GUEST = _option("guest", metavar="GUEST", help="a guest's ELF file, or hello or simpleguest, which are included")
 
-_LAYOUT_OPTIONS = (
+_SIZE_OPTIONS = (
     *(
         _option(option, dest=setting, type=_size, metavar="SIZE", help=text)
         for option, setting, text in (
@@ -5120,6 +5359,9 @@ _LAYOUT_OPTIONS = (
     _option(
         "--copy-on-write", choices=("guest", "host"), help="who copies a page at its first write (host)"
     ),
+)
+_LAYOUT_OPTIONS = (
+    *_SIZE_OPTIONS,
     _option("--init-data", metavar="FILE", help="bytes that the guest finds in its memory"),
 )
 _VERBOSE = _option("-v", "--verbose", action="store_true", help="show the host's own log and tracebacks")
@@ -5251,6 +5493,27 @@ example:
   hyperlight doctor""",
         (),
         _doctor,
+    ),
+    _Command(
+        "bench",
+        "[options]",
+        "measure calls, restores and creations",
+        """\
+Measure, on the guest simpleguest, what a call costs, a call and a restore, a call with a host function,
+an interrupt, a new sandbox, and a sandbox from a snapshot. Prints median, 95th percentile and the
+distance of the quartiles as a part of the median.
+
+examples:
+  hyperlight bench
+  hyperlight bench --json before.json
+  hyperlight bench --compare before.json""",
+        (
+            *_SIZE_OPTIONS,
+            _option("--seconds", type=_seconds, default=1.0, metavar="SECONDS", help="for each benchmark (1)"),
+            _option("--json", metavar="FILE", help="write the results there"),
+            _option("--compare", metavar="FILE", help="show the change against an earlier --json FILE"),
+        ),
+        _bench,
     ),
     _Command(
         "build",

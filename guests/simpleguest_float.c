@@ -5,6 +5,7 @@
  * SPDX-License-Identifier: Apache-2.0
  */
 #include "simpleguest.h"
+#include "simpleguest_compute.h"
 
 static float add_floats(float left, float right) { return left + right; }
 static double add_doubles(double left, double right) { return left + right; }
@@ -12,21 +13,8 @@ static double add_doubles(double left, double right) { return left + right; }
 HYPERLIGHT_WRAP_FUNCTION(add_floats, Float, 2, Float, Float)
 HYPERLIGHT_WRAP_FUNCTION(add_doubles, Double, 2, Double, Double)
 
-/* The trace of the product of two n by n matrices with small whole elements: a benchmark with a known answer. */
-static double matrix_product_trace(int32_t size) {
-    size_t n = (size_t)size;
-    double *left = malloc(n * n * sizeof *left), *right = malloc(n * n * sizeof *right), trace = 0;
-    for (size_t i = 0; i < n * n; i++) {
-        left[i] = (double)(i % 7);
-        right[i] = (double)(i % 5);
-    }
-    for (size_t row = 0; row < n; row++)
-        for (size_t k = 0; k < n; k++)
-            trace += left[row * n + k] * right[k * n + row];
-    free(left);
-    free(right);
-    return trace;
-}
+/* A benchmark with a known answer: the trace of a whole product of two matrices. */
+static double matrix_product_trace(int32_t size) { return matrix_product((size_t)size); }
 
 HYPERLIGHT_WRAP_FUNCTION(matrix_product_trace, Double, 1, Int)
 

@@ -3,6 +3,7 @@
  * SPDX-License-Identifier: Apache-2.0
  */
 #include "simpleguest.h"
+#include "simpleguest_compute.h"
 
 /* ---- Time -------------------------------------------------------------------------------------------------- */
 
@@ -14,9 +15,7 @@ static _Noreturn hl_Vec *spin(const hl_FunctionCall *call) {
 
 /* Turns an empty loop: for work of a chosen length. */
 static hl_Vec *spin_for(const hl_FunctionCall *call) {
-    uint64_t turns = ARGUMENT(0, ULong);
-    while (turns-- > 0)
-        __asm__ volatile("");
+    turn(ARGUMENT(0, ULong));
     return hl_flatbuffer_result_from_ULong(ARGUMENT(0, ULong));
 }
 
