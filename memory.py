@@ -617,7 +617,7 @@ class SharedMemory:
         if offset < 0 or size < 0 or end > self._write_limit:
             self._refuse(offset, size, writing=True)
         if size <= PAGE_SIZE:  # for little, a ctypes call costs more than the bytes
-            self._view[offset:end] = bytes((byte,)) * size
+            self._view[offset:end] = bytes((byte,)) * size if byte else bytes(size)
         else:
             ctypes.memset(self._address + offset, byte, size)
 
@@ -664,7 +664,12 @@ class SharedMemory:
 
     def write_u64(self, offset: int, value: int) -> None:
         """Store a little-endian u64 at `offset`, aligned or not."""
-        self._write_scalar(_U64, offset, value)
+        if offset < 0 or offset + 8 > self._write_limit:  # spelled out: on the path of every guest call
+            self._refuse(offset, 8, writing=True)
+        try:
+            _U64.pack_into(self._view, offset, value)
+        except struct.error as error:
+            raise ValueRangeError(f"{value!r} does not fit 64 unsigned bits") from error
 
     def discard(self, offset: int = 0, size: int | None = None) -> None:
         """Drop whole pages: they read as zero again, or as the file where one is behind them.
@@ -2222,6 +2227,7 @@ def _read_symbols(sections: tuple[_Section, ...], data: bytes) -> list[Symbol]:
 # ======================================================================================
 
 EMPTY_IO_STACK: Final = 8  # the stack pointer of an empty stack: right behind itself
+_BOTTOM: Final = _U64.pack(EMPTY_IO_STACK)  # the back-pointer of the message at the bottom
 _U32_MAX: Final = 0xFFFF_FFFF
 
 
@@ -2259,6 +2265,17 @@ class IoStack:
         """Make the stack empty by setting its stack pointer; nothing else is touched."""
         self._memory.write_u64(self._base, EMPTY_IO_STACK)
 
+    def replace(self, data: bytes) -> None:
+        """Make a message the only one, whatever the guest has left there: `reset` and `push` at once.
+
+        Raises:
+            IoStackFull: the message does not fit.
+        """
+        end = EMPTY_IO_STACK + len(data)
+        if end + 8 > self._size:
+            self._refuse_push(data, EMPTY_IO_STACK)
+        self._memory.write(self._base, b"".join((_U64.pack(end + 8), data, _BOTTOM)))
+
     def push(self, data: bytes) -> None:
         """Put a message on top. One of less than 8 bytes could not be popped again.
 
@@ -2275,9 +2292,7 @@ class IoStack:
             )
         end = top + len(data)
         if end + 8 > size:
-            raise IoStackFull(
-                f"Not enough space in buffer to push data. Required: {len(data) + 8}, Available: {size - top}"
-            )
+            self._refuse_push(data, top)
         memory.write(base + top, data)
         memory.write_u64(base + end, top)
         memory.write_u64(base, end + 8)
@@ -2290,18 +2305,10 @@ class IoStack:
         """
         memory, base = self._memory, self._base
         top, element = self._top_element()
-        claimed = memory.read_u32(base + element) + 4
-        if claimed > _U32_MAX:
-            raise IoStackError(
-                f"Corrupt buffer size prefix: value {claimed - 4} overflows when adding 4-byte header."
-            )
-        slot = top - element - 8
-        if claimed > slot:
-            raise IoStackError(
-                f"Corrupt buffer size prefix: flatbuffer claims {claimed} bytes "
-                f"but the element slot is only {slot} bytes."
-            )
-        data = memory.read(base + element, claimed)
+        data = memory.read(base + element, top - element - 8)
+        claimed: int = _U32.unpack_from(data)[0] + 4
+        if claimed != len(data):
+            data = self._claimed_part(data, claimed)
         memory.write_u64(base, element)
         memory.fill(base + element, top - element)
         return data
@@ -2313,6 +2320,26 @@ class IoStack:
                 self.pop()
         except IoStackError:
             return
+
+    def _refuse_push(self, data: bytes, top: int) -> NoReturn:
+        available = self._size - top
+        raise IoStackFull(
+            f"Not enough space in buffer to push data. Required: {len(data) + 8}, Available: {available}"
+        )
+
+    @staticmethod
+    def _claimed_part(slot: bytes, claimed: int) -> bytes:
+        """Return the part of an element's slot that its size prefix claims; the guest may have padded it."""
+        if claimed > _U32_MAX:
+            raise IoStackError(
+                f"Corrupt buffer size prefix: value {claimed - 4} overflows when adding 4-byte header."
+            )
+        if claimed > len(slot):
+            raise IoStackError(
+                f"Corrupt buffer size prefix: flatbuffer claims {claimed} bytes "
+                f"but the element slot is only {len(slot)} bytes."
+            )
+        return slot[:claimed]
 
     def _top_element(self) -> tuple[int, int]:
         """Return the stack pointer and the offset of the message below it, both checked."""
@@ -2548,6 +2575,8 @@ def wire_type_of(value: object) -> ParameterType:
     float is Double; bool, str and bytes-like are themselves; subclasses go as their base.
     Raises: ValueRangeError for an int past 64 bits, or for a value of any other type.
     """
+    if (wire_type := _WIRE_TYPES.get(type(value))) is not None:
+        return wire_type
     for base in type(value).__mro__:
         if base in _WIRE_TYPES:
             return _WIRE_TYPES[base]
