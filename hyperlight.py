@@ -646,12 +646,13 @@ _WIRE_TYPES: dict[Any, WireType] = {
 
 
 def _wire_type(annotation: Any) -> WireType:
-    with contextlib.suppress(KeyError, TypeError):  # TypeError: an unhashable annotation
+    try:
         return _WIRE_TYPES[annotation]
-    raise HyperlightError(
-        f"{annotation!r} is not a type that can travel: use Int, UInt, Long, ULong, Float, Double, "
-        "int, float, str, bool, bytes, or None as a return type"
-    )
+    except (KeyError, TypeError):  # TypeError: an unhashable annotation
+        raise HyperlightError(
+            f"{annotation!r} is not a type that can travel: use Int, UInt, Long, ULong, Float, Double, "
+            "int, float, str, bool, bytes, or None as a return type"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -920,6 +921,9 @@ class SandboxStatus(enum.Enum):
     """``close()`` only."""
 
 
+_READY = SandboxStatus.READY  # on the path of every call; a member of an enum is slow to look up
+
+
 class MultiUseSandbox:
     """A running guest: call its functions, take and restore snapshots, map files, interrupt it.
 
@@ -1011,8 +1015,8 @@ class MultiUseSandbox:
         for a result of another type (the sandbox stays usable); a ``GuestFailure`` where the run ends
         badly (the sandbox is poisoned); ``PoisonedSandbox``.
         """
-        parameters = [(memory.wire_type_of(value), value) for value in args]
-        return self._call(name, parameters, _wire_type(returns))
+        returned = _wire_type(returns)
+        return self._call(name, memory.encode_guest_call(name, args, returned.asks_for), returned)
 
     def function(self, name: str, parameters: Sequence[Any] = (), returns: Any = None) -> Callable[..., Any]:
         """Return a callable for the guest function *name* with the types given, as ctypes users expect.
@@ -1027,20 +1031,22 @@ class MultiUseSandbox:
             if len(args) != len(declared):
                 raise UnexpectedNoOfArguments(f"{name} takes {len(declared)} arguments, not {len(args)}")
             typed = [(_type_for(value, wire), value) for value, wire in zip(args, declared, strict=True)]
-            return self._call(name, typed, returned)
+            message = memory.encode_function_call(name, typed, memory.FunctionCallType.Guest, returned.asks_for)
+            return self._call(name, message, returned)
 
         guest_function.__name__ = guest_function.__qualname__ = name
         return guest_function
 
-    def _call(self, name: str, parameters: Sequence[tuple[ParameterType, Any]], returns: WireType) -> Any:
-        message = memory.encode_function_call(
-            name, parameters, memory.FunctionCallType.Guest, returns.asks_for
-        )
+    def _call(self, name: str, message: bytes, returns: WireType) -> Any:
+        """Send the encoded call of *name* and return the value that comes back, which must be one of *returns*."""
+        guest = self._guest
         self._enter()
         try:
             self._snapshot = None
-            result = self._guest.dispatch(name, message)
-            return _result_of(result, returns, self._guest.host_failure)
+            result = memory.decode_function_call_result(guest.dispatch(name, message))
+            if type(result) is memory.ReturnValue and result.type in returns.returns:
+                return result.value
+            raise _unwelcome(result, returns, guest.host_failure)
         except GuestFailure as failure:
             self._status = SandboxStatus.POISONED
             if isinstance(failure, ExecutionCanceledByHost):
@@ -1054,7 +1060,7 @@ class MultiUseSandbox:
             self._status = SandboxStatus.POISONED
             raise
         finally:
-            self._guest.host_failure = None
+            guest.host_failure = None
             self._leave()
 
     # -- host functions ----------------------------------------------------------------
@@ -1214,16 +1220,18 @@ class MultiUseSandbox:
     # -- one user at a time ------------------------------------------------------------
 
     def _acquire(self) -> None:
-        if self._user == threading.get_ident():
+        thread = threading.get_ident()
+        if self._user == thread:
             raise GuestFunctionCallAlreadyInProgress(
                 "this sandbox is waiting for the host function that uses it: return first, "
                 "or give the host function a sandbox of its own"
             )
         self._lock.acquire()
-        self._user = threading.get_ident()
+        self._user = thread
 
     def _leave(self) -> None:
-        self._give_back()
+        self._user = None
+        self._lock.release()
         if self._guest.debugger is not None:
             self._guest.debugger.server.released()
 
@@ -1240,6 +1248,8 @@ class MultiUseSandbox:
 
     def _enter(self, *, poisoned_too: bool = False) -> None:
         self._acquire()
+        if self._status is _READY and not self._closed:
+            return
         try:
             if self._closed:
                 raise SandboxClosed("the sandbox is closed")
@@ -1287,17 +1297,18 @@ def _not_convertible(kind: ParameterType, value: Any, declared: WireType) -> Par
     )
 
 
-def _result_of(data: bytes, returns: WireType, host_failure: BaseException | None) -> Any:
-    """Decode a guest function's answer: its value, or the error that it chose to return."""
-    result = memory.decode_function_call_result(data)
+def _unwelcome(
+    result: memory.ReturnValue | memory.GuestErrorResult, returns: WireType, host_failure: BaseException | None
+) -> HyperlightError:
+    """Return the error for what a guest function chose to answer: its own, or the wrong type."""
     if isinstance(result, memory.GuestErrorResult):
         metrics.guest_errors.increment(code=str(int(result.code)))
-        cause = host_failure if result.code == ErrorCode.HostFunctionError else None
-        raise GuestError(result.code, result.message) from cause
-    if result.type in returns.returns:
-        return result.value
+        error = GuestError(result.code, result.message)
+        error.__cause__ = host_failure if result.code == ErrorCode.HostFunctionError else None
+        error.__suppress_context__ = True
+        return error
     spelled = _spell_result(result)
-    raise ReturnValueConversionFailure(f'Failed To Convert Return Value {spelled} to "{returns.name}"')
+    return ReturnValueConversionFailure(f'Failed To Convert Return Value {spelled} to "{returns.name}"')
 
 
 def _spell_result(result: memory.ReturnValue) -> str:
@@ -1427,9 +1438,9 @@ class InterruptHandle:
             signal.pthread_kill(self._thread, self._signal)
 
     def _begin(self) -> None:
-        with self._lock:
-            self._canceled = False
-            self._thread = threading.get_ident()
+        """A call begins in this thread. Needs no lock, in this order: `kill` looks at the thread first."""
+        self._canceled = False
+        self._thread = threading.get_ident()
 
     def _end(self) -> None:
         with self._lock:
@@ -1757,8 +1768,8 @@ class _Guest:
         Raises a ``GuestFailure`` where the run ends badly, and ``IoStackError`` where the message or
         the result is the trouble, not the guest.
         """
-        self._begin_call(message)
         self.activity = name
+        self._begin_call(message)
         if self.debugger is not None:
             self._begin_again = functools.partial(self._begin_call, message)
         begin = time.perf_counter_ns() if metrics.durations else 0
@@ -1771,13 +1782,12 @@ class _Guest:
         finally:
             self._abort_bytes.clear()
             self._entry_registers = self._next_entry_registers
-            self._rest()
+            self.activity, self._begin_again = "idle", None
             if begin:
                 metrics.guest_call_duration.observe((time.perf_counter_ns() - begin) / 1e9, function_name=name)
 
     def _begin_call(self, message: bytes) -> None:
-        self._ram.input.reset()  # whatever the guest has left there
-        self._ram.input.push(message)
+        self._ram.input.replace(message)
         self.vm.load(self._entry_registers)
         if self._resets_fpu_for_guest:
             self.vm.reset_fpu()
@@ -1829,12 +1839,13 @@ class _Guest:
         Raises a ``GuestFailure`` for every other end, with the vCPU's registers in it.
         """
         self.host_failure = self._fault = None
+        debugger, tracer, timer = self.debugger, self._tracer, self.vm.platform.timer
         self.interrupt._begin()
         try:
-            if self.debugger is not None:
-                self.debugger.entered()
-            if self._tracer is not None:
-                self._tracer.entered()
+            if debugger is not None:
+                debugger.entered()
+            if tracer is not None:
+                tracer.entered()
             self._serve_until_halt()
         except GuestFailure as failure:
             self._explain(failure)
@@ -1844,17 +1855,17 @@ class _Guest:
             self._explain(refusal)
             raise refusal from error
         finally:
-            if self.vm.platform.timer is not None:
-                self.vm.platform.timer.stop()
-            if self._tracer is not None:
-                self._tracer.left(self.activity)
-            if self.debugger is not None:
-                self.debugger.left()
+            if timer is not None:
+                timer.stop()
+            if tracer is not None:
+                tracer.left(self.activity)
+            if debugger is not None:
+                debugger.left()
             self.interrupt._end()
 
     def _serve_until_halt(self) -> None:
         vm, ports, debugger = self.vm, self._ports, self.debugger
-        run, page, exit_reason = vm.vcpu.run, vm.page, vm.exit_reason
+        run, page, exit_reason, exit_io = vm.vcpu.run, vm.page, vm.exit_reason, vm.exit_io
         if (tracer := self._tracer) is not None:
             run = lambda: tracer.run(self.physical)  # noqa: E731
         while True:
@@ -1862,10 +1873,12 @@ class _Guest:
                 self._on_interruption(interrupted)
                 continue
             reason = exit_reason[0]
-            if reason == KvmExit.IO:
+            if reason == _EXIT_IO:
+                if exit_io[0] == _HALT_OUT:  # how most calls end
+                    return
                 direction, size, port, count, data_offset = _IO_EXIT.unpack_from(page, _EXIT_OFFSET)
-                if direction == kvm_abi.IoDirection.OUT:
-                    if port == _Port.HALT:
+                if direction == _OUT:
+                    if port == _HALT:
                         return
                     if port not in ports:
                         raise InvalidPort(port)
@@ -2181,8 +2194,12 @@ class _Guest:
         self._resets_fpu_for_guest = not ram.snapshot.elf.privilege.resets_fpu
 
 
+# Members of an enum are slow to look up, and these are on the path of every exit.
+_EXIT_IO, _OUT, _HALT = int(KvmExit.IO), int(kvm_abi.IoDirection.OUT), int(_Port.HALT)
 _IO_EXIT = struct.Struct("<BBHIQ")
 """kvm_run.io: direction, size, port, count, data_offset."""
+_HALT_OUT = int.from_bytes(struct.pack("<BBHI", _OUT, 4, _HALT, 1), "little")
+"""The first 8 bytes of that where the guest halts by an OUT of 32 bits."""
 _EXIT_OFFSET = kvm_abi.kvm_run.io.offset
 _IMMEDIATE_EXIT = kvm_abi.kvm_run.immediate_exit.offset
 
@@ -3029,6 +3046,7 @@ class _VirtualMachine:
     ) -> None:
         self._slots: dict[int, int] = {}
         self._free_slots: list[int] = []
+        self._loaded = b""  # the registers in the kvm_run page
         with contextlib.ExitStack() as undo:
             kvm = undo.enter_context(_open_kvm())
             self._vm = undo.enter_context(_uninterrupted(kvm.create_vm))
@@ -3043,6 +3061,8 @@ class _VirtualMachine:
             undo.callback(self.page.release)
             self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
             undo.callback(self.exit_reason.release)
+            self.exit_io = self.page[_EXIT_OFFSET : _EXIT_OFFSET + 8].cast("Q")
+            undo.callback(self.exit_io.release)
             self.vcpu.set_sregs(_initial_sregs(cr3))
             self.platform.attach(self.vcpu)
             kvm.close()
@@ -3083,8 +3103,10 @@ class _VirtualMachine:
     def load(self, registers: bytes) -> None:
         """Set the general registers, given as kvm_regs, at the next entry."""
         if self._syncs_registers:
-            self.page[_SYNC_REGS : _SYNC_REGS + len(registers)] = registers
-            self.page[_DIRTY_REGS] = kvm_abi.SyncRegs.REGS
+            if registers is not self._loaded:  # KVM never writes there: what it once was given, stays
+                self.page[_SYNC_REGS : _SYNC_REGS + len(registers)] = registers
+                self._loaded = registers
+            self.page[_DIRTY_REGS] = _REGS
         else:
             self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(registers))
 
@@ -3139,6 +3161,7 @@ class _VirtualMachine:
 
 _EXIT_REASON = kvm_abi.kvm_run.exit_reason.offset
 _DIRTY_REGS = kvm_abi.kvm_run.kvm_dirty_regs.offset
+_REGS = int(kvm_abi.SyncRegs.REGS)
 _SYNC_REGS = kvm_abi.kvm_run.s.offset
 
 _MAX_EXITS_OF_AN_ACCESS = 16

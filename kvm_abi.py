@@ -1453,6 +1453,9 @@ _MAX_CR8 = 0xF  # the task priority has four bits
 _KvmRun: TypeAlias = kvm_run  # inside Vcpu, kvm_run is the property
 
 
+_RUN = int(KVM_RUN)  # a plain int: on the path of every exit
+
+
 class Vcpu(_Handle):
     """A virtual processor. Made by `Vm.create_vcpu`; to be used by one thread at a time.
 
@@ -1499,7 +1502,7 @@ class Vcpu(_Handle):
         Raises:
             KvmError: any other errno.
         """
-        if _ioctl(self._fd, KVM_RUN, None) >= 0:
+        if _ioctl(self._fd, _RUN, None) >= 0:
             return 0
         number = ctypes.get_errno()
         if number == errno.EINTR or number == errno.EAGAIN:

@@ -17,6 +17,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import unittest.mock
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,30 +217,32 @@ def _restored_sregs(snapshot: Snapshot) -> bytes:
 
 def _recorded(call: Callable[[], object]) -> _Conversation:
     """Make a call and return the messages that went to and fro."""
-    pushed: list[bytes] = []
-    popped: list[bytes] = []
-    push, pop = memory.IoStack.push, memory.IoStack.pop
-
-    def recording_push(stack: memory.IoStack, data: bytes) -> None:
-        pushed.append(data)
-        push(stack, data)
+    sent: list[bytes] = []
+    received: list[bytes] = []
+    stack = memory.IoStack
+    replace, push, pop = stack.replace, stack.push, stack.pop
 
     def recording_pop(stack: memory.IoStack) -> bytes:
-        popped.append(pop(stack))
-        return popped[-1]
+        received.append(pop(stack))
+        return received[-1]
 
-    memory.IoStack.push, memory.IoStack.pop = recording_push, recording_pop  # type: ignore[method-assign]
-    try:
+    with unittest.mock.patch.multiple(stack, replace=_noting(sent, replace), push=_noting(sent, push), pop=recording_pop):
         call()
-    finally:
-        memory.IoStack.push, memory.IoStack.pop = push, pop  # type: ignore[method-assign]
-    return _conversation(pushed, popped)
+    return _conversation(sent, received)
 
 
-def _conversation(pushed: Sequence[bytes], popped: Sequence[bytes]) -> _Conversation:
-    if len(popped) == 1:
-        return _Conversation(pushed[0], b"", b"", popped[0])
-    return _Conversation(pushed[0], popped[0], pushed[1], popped[1])
+def _noting(sent: list[bytes], put: Callable[[memory.IoStack, bytes], None]) -> Callable[[memory.IoStack, bytes], None]:
+    def recording_put(stack: memory.IoStack, data: bytes) -> None:
+        sent.append(data)
+        put(stack, data)
+
+    return recording_put
+
+
+def _conversation(sent: Sequence[bytes], received: Sequence[bytes]) -> _Conversation:
+    if len(received) == 1:
+        return _Conversation(sent[0], b"", b"", received[0])
+    return _Conversation(sent[0], received[0], sent[1], received[1])
 
 
 def _spin() -> _Conversation:
