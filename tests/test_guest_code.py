@@ -45,7 +45,7 @@ VECTOR_REGISTER = re.compile(r"%([xyz]mm|mm|st)")
 # Asks for AVX, where CPUID says that there is XSAVE: an emulated CPL 0 hides it.
 MAY_USE_XSETBV = "hl_kernel_init"
 
-MAY_USE_SSE = re.compile(r"(_call_)?(add_floats|add_doubles|matrix_product_trace|print_double|use_sse)$|trigger_int3$")
+MAY_USE_SSE = re.compile(r"(_call_)?(add_floats|add_doubles|matrix_product_trace|multiply|print_double|use_sse)$|trigger_int3$")
 
 
 class Instruction(NamedTuple):
