@@ -789,7 +789,7 @@ class SharedMemory:
         return self._view[offset : offset + size]
 
     def open_view(self, view: memoryview) -> memoryview:
-        """Return *view*, made by `view`, for as long as the memory cannot be closed meanwhile. Raises HyperlightError."""
+        """Return *view*, made by `view`, while the memory cannot be closed meanwhile. Raises HyperlightError."""
         if self._limit < 0:
             self._check_open()
         return view
