@@ -1644,7 +1644,7 @@ def walk(
     """Yield all mappings, as runs of pages, by ascending gva of the low half, then of the high half.
 
     `read_table` returns the 512 entries of the table at a gpa; where it returns None nothing is
-    present. Runs are as long as they can be. At most `max_tables` tables are read (one that is
+    present. Runs are as long as they can be. At most `max_tables` tables are gone through (one that is
     reached twice counts twice), which bounds the time; the memory is that of a few tables.
 
     Raises:
