@@ -52,7 +52,7 @@ import time
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 import kvm_abi
 import memory
@@ -1240,6 +1240,7 @@ class MultiUseSandbox:
         if not self._lock.acquire(blocking=False):
             return False
         self._user = threading.get_ident()
+        self._snapshot = None  # the debugger may change the guest
         return True
 
     def _give_back(self) -> None:
@@ -3680,6 +3681,23 @@ _SIGNAL_OF_VECTOR: dict[int, int] = {
 }
 
 
+def _refusable(method: Callable[Concatenate[_DebugTarget, _P], _R]) -> Callable[Concatenate[_DebugTarget, _P], _R]:
+    """Answer a request of the debugger that KVM or the guest's memory does not allow with an error reply."""
+
+    @functools.wraps(method)
+    def checked(self: _DebugTarget, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
+        try:
+            return method(self, *arguments, **named)
+        except (HyperlightError, kvm_abi.KvmError, OverflowError) as error:  # the last: a value too wide for its field
+            raise self._rsp.TargetError(str(error), errno.EINVAL) from error
+
+    return checked
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
 class _DebugTarget:
     """The machine under the debugger: its registers, memory and breakpoints (``gdb_rsp.Target``).
 
@@ -3840,10 +3858,18 @@ class _DebugTarget:
             if handler in self._patches:
                 self._unpatch(handler)
 
-    def _leave_handler(self, vector: int, regs: kvm_abi.kvm_regs) -> gdb_rsp.Stop:
-        """Go back from a handler's first instruction to the code that it interrupted."""
-        frame = self._guest.physical.read_virt(self._cr3(), regs.rsp, _INTERRUPT_FRAME.size)
+    def _leave_handler(self, vector: int, regs: kvm_abi.kvm_regs) -> gdb_rsp.Stop | None:
+        """Go back from a handler's first instruction to the code that it interrupted.
+
+        None if no CPU has pushed what lies on the stack: the guest has jumped there.
+        """
+        try:
+            frame = self._guest.physical.read_virt(self._cr3(), regs.rsp, _INTERRUPT_FRAME.size)
+        except HyperlightError:
+            return None
         rip, cs, rflags, rsp, ss = _INTERRUPT_FRAME.unpack(frame)
+        if cs > 0xFFFF or ss > 0xFFFF:
+            return None
         is_step = vector == kvm_abi.Vector.DB
         reason = self._rsp.Reason.STEP if is_step else self._rsp.Reason.OTHER
         if not is_step and rip - 1 in self._patches:
@@ -3863,6 +3889,7 @@ class _DebugTarget:
 
     # -- registers (gdb_rsp.Target) --
 
+    @_refusable
     def read_registers(self, names: Sequence[str]) -> Mapping[str, int]:
         """Return the registers named, from the crashed code where the guest has crashed."""
         known: dict[str, int] = {}
@@ -3874,10 +3901,10 @@ class _DebugTarget:
             known |= {_GDB_NAMES.get(name, name): value for name, value in self._crash.registers.items()}
         return {name: known[name] for name in names if name in known}
 
+    @_refusable
     def write_registers(self, values: Mapping[str, int]) -> None:
         """Set the registers named, and leave every other one as it is."""
-        if self._crash is not None:
-            raise self._rsp.TargetError("the guest has crashed: its registers can only be read", errno.EPERM)
+        self._refuse_after_crash("registers")
         unknown = set(values)
         for group, write in (
             (_GENERAL_NAMES, self._write_general),
@@ -3970,17 +3997,22 @@ class _DebugTarget:
             return {name: values[index] for name, index in _MSRS.items()}
         return {}
 
+    def _refuse_after_crash(self, what: str) -> None:
+        if self._crash is not None:
+            raise self._rsp.TargetError(f"the guest has crashed: its {what} can only be read", errno.EPERM)
+
     # -- memory (gdb_rsp.Target, PhysicalMemory) --
 
+    @_refusable
     def read_memory(self, address: int, size: int) -> bytes:
         """Return up to *size* bytes at a gva, at most to the end of its page."""
         mapping, offset, count = self._place(address, size)
         return mapping.read(offset, count)
 
+    @_refusable
     def write_memory(self, address: int, data: bytes) -> None:
         """Write at a gva, whatever the guest's rights; mapped files and regions are refused."""
-        if self._crash is not None:
-            raise self._rsp.TargetError("the guest has crashed: its memory can only be read", errno.EPERM)
+        self._refuse_after_crash("memory")
         pieces, position = [], 0
         while position < len(data):
             mapping, offset, count = self._place(address + position, len(data) - position, writing=True)
@@ -3989,6 +4021,7 @@ class _DebugTarget:
         for mapping, offset, piece in pieces:
             mapping.write(offset, piece)
 
+    @_refusable
     def read_physical(self, address: int, size: int) -> bytes:
         """Return up to *size* bytes at a gpa, at most to the end of its region."""
         for region in self._guest.physical.regions():
@@ -3996,12 +4029,11 @@ class _DebugTarget:
                 return region.mapping.read(address - region.gpa, min(size, region.end - address))
         raise self._rsp.TargetFault(address, "there is no memory at this guest-physical address")
 
+    @_refusable
     def write_physical(self, address: int, data: bytes) -> None:
         """Write at a gpa."""
-        try:
-            self._guest.physical.write_phys(address, data)
-        except HyperlightError as error:
-            raise self._rsp.TargetFault(address, str(error)) from error
+        self._refuse_after_crash("memory")
+        self._guest.physical.write_phys(address, data)
 
     def _place(self, gva: int, size: int, *, writing: bool = False) -> tuple[SharedMemory, int, int]:
         """Return where a gva lies, and how many of *size* bytes lie in the same page."""
@@ -4023,6 +4055,7 @@ class _DebugTarget:
 
     # -- breakpoints (gdb_rsp.SoftwareBreakpoints, HardwareBreakpoints) --
 
+    @_refusable
     def insert_breakpoint(self, address: int) -> None:
         """Put an int3 at a gva."""
         self._patch(address)

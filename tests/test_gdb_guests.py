@@ -32,6 +32,7 @@ from hyperlight import (
     EndedByDebugger,
     ExecutionCanceledByHost,
     GuestAborted,
+    GuestFailure,
     Int,
     MultiUseSandbox,
     PoisonedSandbox,
@@ -523,6 +524,82 @@ def test_segments_and_floating_point_registers_read_and_write() -> None:
     assert values[14] == "0x1fa0"
     assert (values[16], values[17]) == ("1.5", "0")
     assert values[19] == "0x1234000" and re.search(r"fs_base +0x1234000", output[20])
+
+
+def test_no_value_of_a_register_breaks_anything() -> None:
+    """F.13/6, F.13/15: KVM refuses many; the debugger then gets an error, and every register is as it was."""
+    ready, go_on = threading.Event(), threading.Event()
+
+    def body(sandbox: MultiUseSandbox) -> int:
+        ready.set()
+        assert go_on.wait(TIMEOUT_S)
+        return sandbox.call("GetStatic")
+
+    with debugged(body, wait=False) as debuggee:
+        assert ready.wait(TIMEOUT_S)
+        with Client(debuggee.address) as client:  # which the server's own thread serves
+            before = client.ask(b"g")
+            number = refused = 0
+            while (old := client.ask(b"p%x" % number)) != b"E16":
+                size = len(old) // 2
+                for value in (bytes(size), b"\xff" * size, b"\x55" * size, bytes(size - 1) + b"\x80"):
+                    reply = client.ask(b"P%x=%b" % (number, value.hex().encode()))
+                    assert reply == b"OK" or re.fullmatch(rb"E[0-9a-f]{2}|E\..+", reply), (number, value, reply)
+                    refused += reply != b"OK"
+                    if reply == b"OK":
+                        assert client.ask(b"P%x=%b" % (number, old)) == b"OK"
+                number += 1
+            assert number > 80 and refused > 20
+            assert client.ask(b"g") == before
+            assert client.ask(b"D") == b"OK"
+        go_on.set()
+        assert debuggee.result() == 0
+
+
+@pytest.mark.parametrize("register", ["rip", "rsp"])
+def test_guest_sent_astray_fails_and_can_be_restored(register: str) -> None:
+    """F.13/5: whatever the debugger does to a guest is the guest's trouble, not the host's."""
+
+    def body(sandbox: MultiUseSandbox) -> int:
+        snapshot = sandbox.snapshot()
+        with pytest.raises(GuestFailure):
+            sandbox.call("GetStatic")
+        sandbox.restore(snapshot)
+        return sandbox.call("GetStatic")
+
+    with debugged(body) as debuggee, Client(debuggee.address) as client:
+        client.run_to("_call_get_static")
+        assert client.ask(b"P%x=%b" % (REGISTERS.index(register), bytes.fromhex("0000000000000080").hex().encode())) == b"OK"
+        stop = client.ask(b"vCont;c")
+        assert stop.startswith((b"T0b", b"T0a")), stop
+        assert client.ask(b"D") == b"OK"
+        assert debuggee.result() == 0
+
+
+def test_what_the_debugger_changes_between_calls_is_in_the_next_snapshot() -> None:
+    """F.13/8: though no call has been made since the last one."""
+    ready, go_on = threading.Event(), threading.Event()
+    place = gva_of("spin")
+
+    def body(sandbox: MultiUseSandbox) -> list[Any]:
+        first = sandbox.snapshot()
+        assert sandbox.snapshot() is first
+        ready.set()
+        assert go_on.wait(TIMEOUT_S)
+        second = sandbox.snapshot()
+        found = []
+        for snapshot in (first, second):
+            sandbox.restore(snapshot)
+            found.append(sandbox.call("ReadMemory", ULong(place), ULong(3)))
+        return found
+
+    with debugged(body, wait=False) as debuggee:
+        assert ready.wait(TIMEOUT_S)
+        with Client(debuggee.address) as client:
+            assert client.ask(b"M%x,3:010203" % place) == b"OK"
+            assert client.ask(b"D") == b"OK"
+        go_on.set()
+        assert debuggee.result() == [code_of("spin", 3), b"\1\2\3"]
 
 
 @require("gdb")
