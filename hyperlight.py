@@ -29,6 +29,7 @@ Documentation/virt/kvm/api.rst of the Linux kernel (what KVM does).
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -1799,6 +1800,8 @@ class _Guest:
 
     def start_again(self) -> None:
         """Go back to the first state that the debugger saw, and to the beginning of the call in progress."""
+        self._abort_bytes.clear()
+        self._fault = None
         if self._first.is_initialized:
             self.restore(self.ram_for(self._first))
         else:
@@ -1847,14 +1850,17 @@ class _Guest:
                 debugger.entered()
             if tracer is not None:
                 tracer.entered()
-            self._serve_until_halt()
-        except GuestFailure as failure:
-            self._explain(failure)
-            raise
-        except kvm_abi.KvmError as error:
-            refusal = HyperlightVmError(f"vCPU run failed: {error}")
-            self._explain(refusal)
-            raise refusal from error
+            while True:
+                try:
+                    self._serve_until_halt()
+                    return
+                except GuestFailure as failure:
+                    if not self._explain(failure):
+                        raise
+                except kvm_abi.KvmError as error:
+                    refusal = HyperlightVmError(f"vCPU run failed: {error}")
+                    if not self._explain(refusal):
+                        raise refusal from error
         finally:
             if timer is not None:
                 timer.stop()
@@ -1921,8 +1927,8 @@ class _Guest:
             return EmulationFailure(kvm_abi.failed_instruction(kvm_run), rip, emulates_cpl0=emulated)
         return UnexpectedVmExit(kvm_abi.describe_exit(kvm_run))
 
-    def _explain(self, failure: GuestFailure) -> None:
-        """Attach what is known about the moment of *failure*."""
+    def _explain(self, failure: GuestFailure) -> bool:
+        """Attach what is known about the moment of *failure*; return whether a debugger has undone it."""
         with contextlib.suppress(kvm_abi.KvmError):
             failure.registers = self.vm.registers()
         if isinstance(failure, GuestAborted):
@@ -1933,8 +1939,9 @@ class _Guest:
             self._fault = failure.frame, failure.registers  # not the failure: its traceback leads back here
         if _dumps_by_itself(self.core_dumps) and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
             self._attach_core_dump(failure)
-        if self.debugger is not None and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
-            self.debugger.crashed(failure)
+        if self.debugger is None or isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
+            return False
+        return self.debugger.crashed(failure)
 
     def _explain_exception(self, failure: GuestAborted) -> None:
         """Read a CPU exception's text, and the registers that the guest saved (abi.md 11.4)."""
@@ -3593,6 +3600,8 @@ class _Debugger:
         self._rsp = gdb_rsp
         self._guest = guest
         self.target = _DebugTarget(sandbox, guest)
+        if not self.target.hardware_access():
+            _logger.warning("this KVM emulates CPL 0: debuggers get no hardware breakpoints and no watchpoints")
         try:
             self.server = gdb_rsp.DebugServer(self.target, info.listen)
         except gdb_rsp.RspError as error:
@@ -3625,6 +3634,7 @@ class _Debugger:
 
     def exited(self) -> bool:
         """KVM left the guest: report it if it is a stop; return whether it was one."""
+        self.target.note_exit()
         stop = self.target.stop_of_exit()
         if stop is None:
             return False
@@ -3636,15 +3646,24 @@ class _Debugger:
 
     def served_port(self) -> None:
         """An OUT was served; where a step over it would not be noticed, it is reported here."""
+        self.target.note_exit()
         if self.target.steps_end_at_exits:
             self._go(functools.partial(self.server.stopped, self.target.stepped()))
 
-    def crashed(self, failure: GuestFailure) -> None:
-        """Show the guest as it was when it failed, until the debugger lets it go."""
+    def crashed(self, failure: GuestFailure) -> bool:
+        """Show the guest as it was when it failed, until the debugger lets it go.
+
+        Return whether the debugger has put it back to an earlier state, from which it is to go on.
+        """
         stop = self._rsp.Stop(_signal_of(failure))
         self.target.show_crash(failure)
-        while self.server.stopped(stop) is self._rsp.Resume.STEP:
-            pass  # there is no next instruction: the same stop again
+        action = self._rsp.Resume.STEP
+        while self.target.has_crashed and action is self._rsp.Resume.STEP:
+            action = self.server.stopped(stop)  # there is no next instruction: the same stop again
+        if self.target.has_crashed:
+            return False
+        self._go(lambda: action)
+        return True
 
     def close(self) -> None:
         """Tell the debugger that the guest is gone, and stop serving."""
@@ -3725,6 +3744,9 @@ class _DebugTarget:
         self._seeking = False  # steps that nobody asked for, until the guest's handlers are there
         self._trap_flag = False  # RFLAGS.TF is set, by us
         self._crash: GuestFailure | None = None
+        self._own_trap: tuple[int, int] | None = None  # the guest's own int3 or #DB that was reported: vector, rip
+        self._checkpoint: _Checkpoint | None = None
+        self._exits: collections.deque[bytes] = collections.deque(maxlen=_NOTED_EXITS)
 
     # -- the lock (gdb_rsp.Idle) --
 
@@ -3760,7 +3782,7 @@ class _DebugTarget:
     def leave(self) -> None:
         """Take the traps out: the run is over, and snapshots must not see them."""
         self.lift_traps()
-        self._crash = None
+        self._crash = self._own_trap = None
         self._stepping = False
 
     @property
@@ -3794,26 +3816,44 @@ class _DebugTarget:
         vector = {handler: vector for vector, handler in self._traps.items()}.get(regs.rip)
         return None if vector is None else self._leave_handler(vector, regs)
 
+    def note_exit(self) -> None:
+        """Remember the last exit for ``monitor exits``."""
+        self._exits.append(bytes(self._guest.vm.page[:_NOTED_SIZE]))
+
     def show_crash(self, failure: GuestFailure) -> None:
         """Show the registers of the code that failed, not those of the handler that reported it."""
         self._crash = failure
         self.lift_traps()
 
+    @property
+    def has_crashed(self) -> bool:
+        """Whether a crash is shown, and the debugger has not put the guest back to before it."""
+        return self._crash is not None
+
     def _stop_of_debug_exit(self, arch: Any) -> gdb_rsp.Stop:
         reasons = self._rsp.Reason
+        rip = self._vcpu.get_regs().rip
         if arch.exception == kvm_abi.Vector.BP:
-            is_ours = self._vcpu.get_regs().rip in self._patches
-            return self._rsp.Stop(_SIGTRAP, reasons.BREAKPOINT if is_ours else reasons.OTHER)
+            if rip in self._patches:
+                return self._rsp.Stop(_SIGTRAP, reasons.BREAKPOINT)
+            self._own_trap = arch.exception, rip
+            return self._rsp.Stop(_SIGTRAP)
         for slot in range(len(self._hardware)):
             if arch.dr6 >> slot & 1:
                 return self._rsp.Stop(_SIGTRAP, reasons.HARDWARE, slot)
-        return self._rsp.Stop(_SIGTRAP, reasons.STEP if self._stepping else reasons.OTHER)
+        if self._stepping:
+            return self._rsp.Stop(_SIGTRAP, reasons.STEP)
+        self._own_trap = arch.exception, rip
+        return self._rsp.Stop(_SIGTRAP)
 
     def _set_guest_debug(self, step: bool) -> None:
         flags = kvm_abi.GuestDebug
         control = flags.ENABLE | flags.USE_SW_BP | flags.USE_HW_BP
         if step:
             control |= flags.SINGLESTEP
+        if self._own_trap is not None:  # the guest's handler gets it once the debugger has seen it
+            control |= self._injection_of(*self._own_trap)
+            self._own_trap = None
         wanted = (control, tuple(self._hardware))
         if wanted == self._armed and not step:  # KVM forgets a step when RIP is set
             return
@@ -3823,6 +3863,13 @@ class _DebugTarget:
             debug.arch.debugreg[7] |= self._dr7_of(slot, breakpoint_)
         self._vcpu.set_guest_debug(debug)
         self._armed, self._control = wanted, control
+
+    def _injection_of(self, vector: int, rip: int) -> kvm_abi.GuestDebug:
+        """Return the flag that hands a trap to the guest, unless the debugger has sent it elsewhere."""
+        flags = kvm_abi.GuestDebug
+        if self._vcpu.get_regs().rip != rip:
+            return flags(0)
+        return flags.INJECT_BP if vector == kvm_abi.Vector.BP else flags.INJECT_DB
 
     def _dr7_of(self, slot: int, breakpoint_: gdb_rsp.HardwareBreakpoint) -> int:
         """Return DR7's bits for one debug register (AMD64 APM volume 2, 13.1.1.4)."""
@@ -3972,7 +4019,9 @@ class _DebugTarget:
         self._vcpu.set_xsave(xsave)
 
     def _has_avx(self) -> bool:
-        return any(entry.xcr == 0 and entry.value & 0b100 for entry in self._vcpu.get_xcrs().xcrs[:1])
+        """Whether the guest may use AVX. Not whether it has enabled it: it may do so with the debugger connected."""
+        leaf = (entry for entry in _guest_cpuid().entries if entry.function == _XSAVE_LEAF and entry.index == 0)
+        return any(entry.eax & 0b100 for entry in leaf)
 
     def _read_debug(self) -> dict[str, int]:
         registers = self._vcpu.get_debugregs()
@@ -4103,7 +4152,7 @@ class _DebugTarget:
         """Arm exactly these from the next entry on."""
         self._hardware = list(breakpoints)
 
-    # -- what the guest is (gdb_rsp.ExecFile, LoadAddress, ThreadInfo, Restart, Monitor) --
+    # -- what the guest is (gdb_rsp.ExecFile, LoadAddress, Auxv, ThreadInfo, Restart, Monitor) --
 
     def exec_file(self) -> tuple[str, bytes]:
         """Return the guest's ELF file, for gdb to fetch symbols from."""
@@ -4114,32 +4163,43 @@ class _DebugTarget:
         """Return where the image lies (gva)."""
         return BASE_ADDRESS
 
+    def auxv(self) -> Sequence[tuple[int, int]]:
+        """Return what a kernel would tell the program: AT_PAGESZ and AT_ENTRY (elf.h)."""
+        return [(6, PAGE_SIZE), (9, BASE_ADDRESS + self._guest.snapshot.elf.entry)]
+
     def thread_info(self) -> str:
         """Say what the vCPU is doing."""
         return f"vcpu 0, {self._guest.activity}"
 
+    @_refusable
     def restart(self) -> None:
         """Put the guest back to its first snapshot, and its call back to the beginning."""
-        try:
-            self._patches.clear()
-            self._traps.clear()
-            self._crash = None
-            self._guest.start_again()
-        except (HyperlightError, kvm_abi.KvmError) as error:
-            raise self._rsp.TargetError(str(error)) from error
+        self._patches.clear()
+        self._traps.clear()
+        self._crash = self._own_trap = None
+        self._guest.start_again()
 
     def monitor_commands(self) -> Mapping[str, gdb_rsp.MonitorCommand]:
         """Return the commands of gdb's ``monitor`` by name."""
-        command = self._rsp.MonitorCommand
-        return {
-            "regs": command("general registers", lambda _: _table(self._read_general())),
-            "sregs": command("segment, control and descriptor registers", lambda _: _table(self._read_system())),
-            "msr": command("MSR INDEX: read a model-specific register", self._monitor_msr),
-            "cpuid": command("LEAF [INDEX]: what the guest's CPUID says", self._monitor_cpuid),
-            "pt": command("GVA: how an address is translated", self._monitor_pt),
-            "layout": command("where everything lies in guest memory", lambda _: self._monitor_layout()),
-            "exit": command("the last exit from the guest", lambda _: kvm_abi.describe_exit(self._vcpu.kvm_run)),
+        commands: dict[str, tuple[str, Callable[[Sequence[str]], str]]] = {
+            "regs": ("general registers", lambda _: _table(self._read_general())),
+            "sregs": ("segment, control and descriptor registers", lambda _: _table(self._read_system())),
+            "msr": ("INDEX: read a model-specific register", self._monitor_msr),
+            "cpuid": ("LEAF: what the guest's CPUID says", self._monitor_cpuid),
+            "pt": ("GVA: how an address is translated", self._monitor_pt),
+            "layout": ("where everything lies in guest memory", lambda _: self._monitor_layout()),
+            "exits": (f"the last {_NOTED_EXITS} exits from the guest, the latest last", self._monitor_exits),
+            "snapshot": ("keep memory and registers as they are now", self._monitor_snapshot),
+            "restore": ("go back to what 'snapshot' has kept", self._monitor_restore),
         }
+        return {
+            name: self._rsp.MonitorCommand(text, functools.partial(self._monitor, run))
+            for name, (text, run) in commands.items()
+        }
+
+    @_refusable
+    def _monitor(self, run: Callable[[Sequence[str]], str], arguments: Sequence[str]) -> str:
+        return run(arguments)
 
     def _monitor_msr(self, arguments: Sequence[str]) -> str:
         index = _number_argument(arguments, self._rsp.TargetError)
@@ -4172,12 +4232,67 @@ class _DebugTarget:
         )
         return f"gva {gva:#x} -> gpa {found.gpa:#x}, page of {found.page_size:#x} bytes, R{rights}"
 
+    def _monitor_exits(self, _arguments: Sequence[str]) -> str:
+        size = ctypes.sizeof(kvm_abi.kvm_run)
+        runs = (kvm_abi.kvm_run.from_buffer_copy(noted.ljust(size, b"\0")) for noted in self._exits)
+        return "\n".join(map(kvm_abi.describe_exit, runs)) or "none yet"
+
+    def _monitor_snapshot(self, _arguments: Sequence[str]) -> str:
+        self._refuse_after_crash("state")
+        self._checkpoint = _Checkpoint(self._guest)
+        return "kept"
+
+    def _monitor_restore(self, _arguments: Sequence[str]) -> str:
+        if self._checkpoint is None:
+            raise self._rsp.TargetError("nothing has been kept: 'monitor snapshot' does that")
+        self._checkpoint.restore()
+        self._crash = self._own_trap = None
+        return "restored; now tell gdb: maintenance flush register-cache"
+
     def _monitor_layout(self) -> str:
         layout = self._guest.snapshot.layout
         rows = [f"{region.gpa:#18x} {region.size:#10x} {region.name} {region.flags}" for region in layout.regions()]
         scratch = f"{layout.scratch_base_gva:#18x} {layout.scratch_size:#10x} scratch"
         rows.append(f"{scratch}, gpa {layout.scratch_base_gpa:#x}")
         return "\n".join(rows)
+
+
+class _Checkpoint:
+    """A guest as it stood at one moment, also within a call: what `monitor snapshot` keeps.
+
+    A `Snapshot` is of a guest at rest, fit for any sandbox; this is of one call, of one VM, for one debugger.
+    """
+
+    def __init__(self, guest: _Guest) -> None:
+        vcpu = guest.vm.vcpu
+        guest.vm._complete_exit()
+        self._guest = guest
+        self._call, self._ram, self._abort_bytes = guest._begin_again, guest._ram, bytes(guest._abort_bytes)
+        self._pages = [
+            (mapping, [(offset, mapping.read(offset, size)) for offset, size in mapping.populated(0, mapping.size)])
+            for mapping in (guest._ram.image, guest._ram.scratch)
+        ]
+        self._events, self._xcrs, self._xsave = vcpu.get_vcpu_events(), vcpu.get_xcrs(), vcpu.get_xsave()
+        self._debugregs, self._sregs, self._regs = vcpu.get_debugregs(), vcpu.get_sregs(), vcpu.get_regs()
+
+    def restore(self) -> None:
+        """Put memory and registers back; refuse where the call is another, or a restore has replaced the memory."""
+        guest, vm = self._guest, self._guest.vm
+        if guest._begin_again is not self._call or guest._ram is not self._ram:
+            raise HyperlightError("what was kept is of another call, or of a time before a restore")
+        guest._abort_bytes[:], guest._fault = self._abort_bytes, None
+        for mapping, runs in self._pages:
+            mapping.discard()
+            for offset, content in runs:
+                if mapping.read(offset, len(content)) != content:
+                    mapping.write(offset, content)
+        vm._complete_exit()
+        vm.vcpu.set_vcpu_events(self._events)
+        vm.vcpu.set_xcrs(self._xcrs)
+        vm.vcpu.set_xsave(self._xsave)
+        vm.vcpu.set_debugregs(self._debugregs)
+        vm.load_sregs(self._sregs)
+        vm.vcpu.set_regs(self._regs)
 
 
 def _table(values: Mapping[str, int]) -> str:
@@ -4194,6 +4309,8 @@ def _number_argument(arguments: Sequence[str], error: type[Exception]) -> int:
 
 _INT3 = b"\xcc"
 _DR6_BREAKPOINTS = 0b1111
+_NOTED_EXITS = 32
+_NOTED_SIZE = kvm_abi.kvm_run.kvm_valid_regs.offset  # of kvm_run: all that describes an exit
 _GATE = struct.Struct("<HHBBHII")
 """An IDT gate: offset, selector, IST, flags, two more pieces of the offset (AMD64 APM volume 2, 4.8.4)."""
 _GATE_PRESENT = 0x80
@@ -4228,6 +4345,7 @@ _XSAVE_FIELDS = {
 """(offset, size) in the XSAVE area, standard format (AMD64 APM volume 2, 11.5)."""
 _XSAVE_NAMES = frozenset({*_XSAVE_FIELDS, "ftag"})
 _XSTATE_BV = 512
+_XSAVE_LEAF = 0xD  # of CPUID: eax has XCR0's bits (AMD64 APM volume 3, E.3.8)
 
 _DEBUG_NAMES = frozenset({"dr0", "dr1", "dr2", "dr3", "dr6", "dr7"})
 _MSRS = {
