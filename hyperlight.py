@@ -3788,9 +3788,7 @@ class _DebugTarget:
     @property
     def looks_for_handlers(self) -> bool:
         """Whether the last stop is none: a guest without handlers for CPL 3 goes on step by step until it has some."""
-        kvm_run = self._vcpu.kvm_run
-        is_debug_exit = kvm_run.exit_reason == KvmExit.DEBUG and kvm_run.debug.arch.exception == kvm_abi.Vector.DB
-        return self._seeking and is_debug_exit and not kvm_run.debug.arch.dr6 & _DR6_BREAKPOINTS
+        return self._seeking and self._vcpu.kvm_run.exit_reason == KvmExit.DEBUG
 
     @property
     def steps_end_at_exits(self) -> bool:
@@ -3841,7 +3839,7 @@ class _DebugTarget:
         for slot in range(len(self._hardware)):
             if arch.dr6 >> slot & 1:
                 return self._rsp.Stop(_SIGTRAP, reasons.HARDWARE, slot)
-        if self._stepping:
+        if self._stepping or self._seeking:
             return self._rsp.Stop(_SIGTRAP, reasons.STEP)
         self._own_trap = arch.exception, rip
         return self._rsp.Stop(_SIGTRAP)
@@ -4308,7 +4306,6 @@ def _number_argument(arguments: Sequence[str], error: type[Exception]) -> int:
 
 
 _INT3 = b"\xcc"
-_DR6_BREAKPOINTS = 0b1111
 _NOTED_EXITS = 32
 _NOTED_SIZE = kvm_abi.kvm_run.kvm_valid_regs.offset  # of kvm_run: all that describes an exit
 _GATE = struct.Struct("<HHBBHII")
