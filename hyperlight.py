@@ -578,7 +578,22 @@ def _read_guest(guest: StrPath | bytes) -> GuestElf:
         raise GuestBinaryNotFound(error.errno, error.strerror, path) from error
     except ValueError as error:  # a NUL in the path
         raise GuestBinaryNotFound(errno.EINVAL, str(error), path) from error
-    return GuestElf.parse(data, path=path)
+    return _parsed(path, data)
+
+
+_PARSED_LIMIT = 4
+_parsed_guests: dict[str, GuestElf] = {}
+
+
+def _parsed(path: str, data: bytes) -> GuestElf:
+    """Parse the ELF *data* of the file at *path*, unless the file was the same when it was last parsed."""
+    elf = _parsed_guests.get(path)
+    if elf is None or elf.data != data:
+        elf = GuestElf.parse(data, path=path)
+        if len(_parsed_guests) >= _PARSED_LIMIT:
+            _parsed_guests.clear()
+        _parsed_guests[path] = elf
+    return elf
 
 
 def _read_regular_file(path: str) -> bytes:
@@ -699,7 +714,7 @@ class HostFunction:
             raise HyperlightError(f"{name}: None is a type to return, not one of a parameter")
         return cls(name, function, types, _wire_type(returns))
 
-    @property
+    @functools.cached_property
     def signature(self) -> tuple[tuple[str, ...] | None, str]:
         """The names of the parameter types (None: any number of any) and of the return type."""
         names = None if self.parameters is None else tuple(each.name for each in self.parameters)
@@ -760,14 +775,13 @@ class HostFunctions(Mapping[str, HostFunction]):
     """
 
     def __init__(self) -> None:
-        self._functions: dict[str, HostFunction] = {}
-        self.register("HostPrint", _print_to_stdout)
+        self._functions = {"HostPrint": _host_print()}
 
     @classmethod
     def empty(cls) -> HostFunctions:
         """Return a set without even ``HostPrint``."""
         functions = cls()
-        del functions._functions["HostPrint"]
+        functions._functions.clear()
         return functions
 
     def register(
@@ -794,6 +808,11 @@ class HostFunctions(Mapping[str, HostFunction]):
         functions = HostFunctions.empty()
         functions._functions.update(self._functions)
         return functions
+
+
+@functools.cache
+def _host_print() -> HostFunction:
+    return HostFunction.of("HostPrint", _print_to_stdout)
 
 
 def _print_to_stdout(text: str) -> Int:
@@ -950,6 +969,7 @@ class MultiUseSandbox:
         self._status = SandboxStatus.READY
         self._closed = False
         self._snapshot = snapshot if snapshot.is_initialized else None
+        self._fitting: Snapshot | None = None  # that was found to fit, as long as nothing changes that
         with _kvm_errors_in_tree():
             interrupt = _interrupt or InterruptHandle(
                 signal.SIGRTMIN + self._config.interrupt_vcpu_sigrtmin_offset
@@ -1076,7 +1096,7 @@ class MultiUseSandbox:
         """Offer *function* to the guest from now on; see ``UninitializedSandbox.register``."""
         with self._exclusively():
             self._functions.register(name, function, parameters, returns)
-            self._snapshot = None
+            self._snapshot = self._fitting = None
 
     # -- snapshots ---------------------------------------------------------------------
 
@@ -1098,11 +1118,10 @@ class MultiUseSandbox:
         ``SnapshotMismatch``, ``SnapshotHostFunctionMismatch`` or ``MmapFailed`` before anything is touched;
         ``KvmError`` for what may be tried again, the sandbox being poisoned; ``UnrecoverableSandbox``.
         """
-        with self._exclusively(poisoned_too=True):
-            snapshot._check_host_functions(self._functions)
-            if not snapshot.is_initialized:
-                raise SnapshotMismatch("the snapshot's guest has not run yet: use from_snapshot")
-            self._guest.vm.platform.check(snapshot.platform)
+        self._enter(poisoned_too=True)
+        try:
+            if snapshot is not self._fitting:
+                self._check_fit(snapshot)
             ram = self._guest.ram_for(snapshot)
             self._status = SandboxStatus.POISONED
             try:
@@ -1114,8 +1133,20 @@ class MultiUseSandbox:
                 if not isinstance(error, kvm_abi.KvmError):
                     raise
                 raise UnrecoverableSandbox from error
-            self._status = SandboxStatus.READY
+            self._status = _READY
             self._snapshot = snapshot
+        except kvm_abi.KvmError as error:
+            raise KvmError(error) from error
+        finally:
+            self._leave()
+
+    def _check_fit(self, snapshot: Snapshot) -> None:
+        """Raise where *snapshot* cannot be restored here; remember one that can."""
+        snapshot._check_host_functions(self._functions)
+        if not snapshot.is_initialized:
+            raise SnapshotMismatch("the snapshot's guest has not run yet: use from_snapshot")
+        self._guest.vm.platform.check(snapshot.platform)
+        self._fitting = snapshot
 
     # -- mappings ----------------------------------------------------------------------
 
@@ -1528,6 +1559,15 @@ class Snapshot:
         return f"<Snapshot of {guest}, {self.layout.snapshot_size // 1024} KiB, {state}>"
 
 
+def _sregs_of(snapshot: Snapshot) -> kvm_abi.kvm_sregs:
+    """Return the special registers with which *snapshot*'s guest is entered."""
+    if snapshot.sregs is None:
+        return _initial_sregs(snapshot.layout.pt_base_gpa)
+    sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
+    sregs.cr3 = snapshot.layout.pt_base_gpa
+    return sregs
+
+
 def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Snapshot:
     """Lay a guest out in memory as it is before its first instruction (abi.md 1.3, 5.2)."""
     elf = _read_guest(environment.guest)
@@ -1580,6 +1620,8 @@ class _Ram:
     def __init__(self, snapshot: Snapshot) -> None:
         layout = snapshot.layout
         self.snapshot = snapshot
+        self.translations_are_stale = True
+        """Whether a VM may hold translations of tables that are here no more: cleared by who flushes them."""
         with contextlib.ExitStack() as undo:
             self.image = undo.enter_context(snapshot.memory.map_private())
             self.scratch = undo.enter_context(SharedMemory.anonymous(layout.scratch_size))
@@ -1588,13 +1630,34 @@ class _Ram:
             )
             self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
             self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
+            self._pagemap = memory.PageMap()
+            undo.callback(self._pagemap.close)
+            self._top = self._bookkeeping()
             self._write_bookkeeping()
             self._mappings = undo.pop_all()
 
     def reset(self) -> None:
-        """Put both memories back to the snapshot."""
-        self.image.discard()
-        self.scratch.discard()
+        """Put both memories back to the snapshot.
+
+        Pages are written over in place only where just the guest's kernel part can have edited page tables, and
+        has not: a VM that shadows them does not see what the host writes (spec/kvm-hosts.md 2.9), and holds on
+        to translations of pages that are not taken away.
+        """
+        scratch = self.scratch.changed(self._pagemap) if self.snapshot.elf.privilege.user_mode else None
+        image = self.image.changed(self._pagemap) if scratch is not None else None
+        layout = self.snapshot.layout
+        tables, tables_end = layout.page_table_scratch_offset, layout.page_table_scratch_offset + layout.pt_size
+        if (
+            scratch is None
+            or image is None
+            or any(offset < tables_end and tables < offset + size for offset, size in scratch)
+        ):
+            self.translations_are_stale = True
+            self.image.discard()
+            self.scratch.discard()
+        else:
+            self.image.revert(image)
+            self.scratch.revert(scratch)
         self._write_bookkeeping()
 
     def slots(self) -> list[tuple[int, SharedMemory, bool]]:
@@ -1614,18 +1677,27 @@ class _Ram:
         self._mappings.close()
 
     def _write_bookkeeping(self) -> None:
-        """Fill the words that the guest expects in zeroed scratch (abi.md 5.3; guest-versions.md 5)."""
-        layout, scratch = self.snapshot.layout, self.scratch
-        end = layout.scratch_size
-        scratch.write_u64(end - memory.SCRATCH_TOP_SIZE, layout.scratch_size)
-        scratch.write_u64(end - memory.SCRATCH_TOP_ALLOCATOR, layout.first_free_gpa)
-        if self.snapshot.elf.version not in (None, "0.14.0"):
-            scratch.write_u64(end - memory.SCRATCH_TOP_SNAPSHOT_PT_BASE, layout.pt_base_gpa)
-            scratch.write_u64(end - memory.SCRATCH_TOP_GENERATION, self.snapshot.generation)
-        elif self.snapshot.elf.privilege.user_mode:
-            scratch.write_u64(end - memory.SCRATCH_TOP_IMAGE_END, BASE_ADDRESS + layout.snapshot_size)
+        """Fill the words that the guest expects in zeroed scratch."""
+        self.scratch.write(self.scratch.size - len(self._top), self._top)
         self.input.reset()
         self.output.reset()
+
+    def _bookkeeping(self) -> bytes:
+        """Return the end of scratch as the guest expects it (abi.md 5.3; guest-versions.md 5)."""
+        layout, elf = self.snapshot.layout, self.snapshot.elf
+        words = {
+            memory.SCRATCH_TOP_SIZE: layout.scratch_size,
+            memory.SCRATCH_TOP_ALLOCATOR: layout.first_free_gpa,
+        }
+        if elf.version not in (None, "0.14.0"):
+            words[memory.SCRATCH_TOP_SNAPSHOT_PT_BASE] = layout.pt_base_gpa
+            words[memory.SCRATCH_TOP_GENERATION] = self.snapshot.generation
+        elif elf.privilege.user_mode:
+            words[memory.SCRATCH_TOP_IMAGE_END] = BASE_ADDRESS + layout.snapshot_size
+        top = bytearray(max(words))
+        for distance, value in words.items():
+            struct.pack_into("<Q", top, len(top) - distance, value)
+        return bytes(top)
 
 
 def _text_of(error: Exception) -> str:
@@ -1680,8 +1752,10 @@ class _Guest:
         self._generation = snapshot.generation
         self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
+        self._packed_for: tuple[int, int, bool] | None = None
         self._entry_registers = self._next_entry_registers = b""
         self.host_failure: BaseException | None = None
+        self._reset_to: Snapshot | None = None  # that the VM is prepared for
         self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
         self._files: dict[int, SharedMemory] = {}
         with contextlib.ExitStack() as undo:
@@ -1690,13 +1764,15 @@ class _Guest:
             self._adopt(ram)
             self.vm = _VirtualMachine(
                 self._ram.slots(),
-                snapshot.layout.pt_base_gpa,
+                _sregs_of(snapshot),
                 timer=config.hardware_timer,
                 msrs=_checked_msrs(config.guest_msrs),
             )
             undo.callback(self.vm.close)
             if snapshot.is_initialized:
-                self._reset(snapshot)
+                self.vm.platform.check(snapshot.platform)
+                self.vm.platform.restore(snapshot.platform)
+                self._set_entry(snapshot.entry, snapshot.stack_top, restored=True)
             undo.pop_all()
         if config.hardware_timer:
             self._ports = {**self._ports, **self._TIMER_PORTS}
@@ -1806,18 +1882,27 @@ class _Guest:
             self.restore(self.ram_for(self._first))
         else:
             self._ram.reset()
-            self.vm.load_sregs(_initial_sregs(self.snapshot.layout.pt_base_gpa))
+            self.vm.load_sregs(_sregs_of(self.snapshot))
         if self._begin_again is not None:
             self._begin_again()
 
-    def _set_entry(self, rip: int, rsp: int, *, flush: bool = False) -> None:
-        """Prepare the registers of the calls to come; the first may have to flush the TLB (abi.md 6.4)."""
-        self._entry, self._stack_top = rip, rsp
-        self._entry_registers = self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
-        if flush:
-            self._entry_registers = _VirtualMachine.pack(
-                rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | Rflags.ZF, rdi=self._request_seed()
-            )
+    def _set_entry(self, rip: int, rsp: int, *, restored: bool = False) -> None:
+        """Prepare the registers of the calls to come. After a restore the first is to flush the TLB (abi.md 6.4).
+
+        Not so in user mode, where that costs an exception: the VM's own reset has flushed it.
+        """
+        user_mode = self.snapshot.elf.privilege.user_mode
+        if (rip, rsp, user_mode) != self._packed_for:
+            self._packed_for = rip, rsp, user_mode
+            self._entry, self._stack_top = rip, rsp
+            self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
+            flush = 0 if user_mode else Rflags.ZF
+            packed = _VirtualMachine.pack(rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | flush)
+            self._restored_registers = bytearray(packed)
+        self._entry_registers = self._next_entry_registers
+        if restored:
+            struct.pack_into("<Q", self._restored_registers, kvm_abi.kvm_regs.rdi.offset, self._request_seed())
+            self._entry_registers = bytes(self._restored_registers)
 
     def _request_seed(self) -> int:
         """Have a restored guest seed its random numbers anew, where it can; return rdi for the next call.
@@ -1973,7 +2058,7 @@ class _Guest:
     def core_dump(self) -> CoreDump:
         """Return the guest as it is now or, after a CPU exception, as the exception found it."""
         vcpu, elf = self.vm.vcpu, self.snapshot.elf
-        sregs = vcpu.get_sregs()
+        sregs = self.vm.sregs()
         cr3 = sregs.cr3 if sregs.cr0 & Cr0.PG else self.snapshot.layout.pt_base_gpa  # a triple fault resets both
         registers, fxsave = self.vm.registers() | _segment_registers(sregs), None
         if self._fault is not None:
@@ -2127,7 +2212,7 @@ class _Guest:
         """Copy the guest's live pages into a compact image with page tables of its own (abi.md 5.7)."""
         old = self.snapshot
         self._generation += 1
-        sregs = self.vm.vcpu.get_sregs()
+        sregs = self.vm.sregs()
         leaves = [leaf for leaf in self.physical.walk(sregs.cr3) if _is_captured(leaf, old.layout)]
         moved, spans = _compact(leaves, self.physical)
         memory_size = sum(size for _, size in spans)
@@ -2161,7 +2246,7 @@ class _Guest:
 
         Where it fails without ``has_memory``, the VM is beyond repair.
         """
-        for gpa in list(self._regions):  # first: the memory's view that knows them may be replaced
+        for gpa in tuple(self._regions):  # first: the memory's view that knows them may be replaced
             self._unmap_region(gpa)
         if ram is self._ram:
             ram.reset()
@@ -2172,14 +2257,14 @@ class _Guest:
 
     def _reset(self, snapshot: Snapshot) -> None:
         """Put the vCPU where *snapshot*, of an initialised guest, left it."""
-        assert snapshot.sregs is not None
         self._fault = None
-        sregs = kvm_abi.kvm_sregs.from_buffer_copy(snapshot.sregs)
-        sregs.cr3 = snapshot.layout.pt_base_gpa
-        self.vm.platform.check(snapshot.platform)
-        self.vm.reset_vcpu(sregs)
-        self.vm.platform.restore(snapshot.platform)
-        self._set_entry(snapshot.entry, snapshot.stack_top, flush=True)
+        if snapshot is not self._reset_to:
+            self.vm.platform.check(snapshot.platform)
+            self.vm.prepare_reset(_sregs_of(snapshot), snapshot.platform)
+            self._reset_to = snapshot
+        self.vm.reset(self._ram.translations_are_stale)
+        self._ram.translations_are_stale = False
+        self._set_entry(snapshot.entry, snapshot.stack_top, restored=True)
 
     def _replace_ram(self, ram: _Ram) -> None:
         """Exchange both memories of the VM for *ram*."""
@@ -2902,6 +2987,11 @@ class PlatformState(typing.NamedTuple):
     xcrs: bytes = b""
 
 
+_MAX_INITIAL_STATES = 16
+_initial_states: dict[tuple[int, ...], PlatformState] = {}
+"""What a fresh vCPU holds, by the MSRs asked for: the same in all VMs of a process without interrupt controllers."""
+
+
 class _Platform:
     """The MSR filter of a VM and, if wanted, its interrupt controllers with the timer (features.md A.15, C.4).
 
@@ -2918,18 +3008,28 @@ class _Platform:
         can_filter = bool(vm.check_extension(Cap.X86_MSR_FILTER) and vm.check_extension(Cap.X86_USER_SPACE_MSR))
         if msrs and not can_filter:
             raise MsrError("guest_msrs needs a KVM with a filter for MSRs, in Linux since 5.10")
-        if msrs is not None and can_filter:
-            vm.enable_cap(Cap.X86_USER_SPACE_MSR, kvm_abi.MsrExitReason.FILTER)
-            vm.set_msr_filter(_msr_filter((*_BASE_MSRS, *msrs)))
+        self._filter = _msr_filter((*_BASE_MSRS, *msrs)) if msrs is not None and can_filter else None
         self.timer = _Timer(vm) if timer else None
 
     def attach(self, vcpu: kvm_abi.Vcpu) -> None:
-        """Take the VM's new vCPU, in the state that a restore goes back to where a snapshot says nothing."""
+        """Take the VM's new vCPU, in the state that a restore goes back to where a snapshot says nothing.
+
+        The filter comes only now: KVM waits for a grace period of its readers then, and it waits for some
+        milliseconds if the last one, for the memory slots, is not yet 25 us ago (srcutree.exp_holdoff).
+        """
         self._vcpu = vcpu
+        if self._filter is not None:
+            self._vm.enable_cap(Cap.X86_USER_SPACE_MSR, kvm_abi.MsrExitReason.FILTER)
+            self._vm.set_msr_filter(self._filter)
+        if (initial := _initial_states.get(self._captured)) is not None and self.timer is None:
+            self._initial = initial
+            return
         try:
             self._initial = self.capture()
         except kvm_abi.KvmError as error:
             raise MsrError(f"this KVM does not have all of guest_msrs: {error}") from error
+        if self.timer is None and len(_initial_states) < _MAX_INITIAL_STATES:
+            _initial_states[self._captured] = self._initial
 
     def capture(self) -> PlatformState:
         """Return what a snapshot has to keep."""
@@ -2948,12 +3048,29 @@ class _Platform:
             raise SnapshotMismatch("the snapshot's guest had a timer: use SandboxConfiguration(hardware_timer=True)")
 
     def restore(self, state: PlatformState) -> None:
-        """Put all back to *state*, which was checked; after the special registers."""
-        self._vcpu.set_xcrs(kvm_abi.kvm_xcrs.from_buffer_copy(state.xcrs or self._initial.xcrs))
-        self._vcpu.set_msrs({**self._initial.msrs, **state.msrs})
+        """Put a fresh vCPU to *state*, which was checked; after the special registers."""
+        initial = self._initial
+        if (state.xcrs or initial.xcrs, {**initial.msrs, **state.msrs}) != (initial.xcrs, initial.msrs):
+            for prepared in self.prepare_reset(state):
+                prepared(self._vcpu.fd)
+        self._interrupts = state.interrupts
+        self.restore_interrupts()
+
+    def prepare_reset(self, state: PlatformState) -> list[kvm_abi.PreparedIoctl]:
+        """Return what puts the vCPU back to *state*, which was checked, but for `restore_interrupts`."""
+        self._interrupts = state.interrupts
+        xcrs = kvm_abi.kvm_xcrs.from_buffer_copy(state.xcrs or self._initial.xcrs)
+        msrs = kvm_abi.msrs({**self._initial.msrs, **state.msrs})
+        return [
+            kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_XCRS, xcrs),
+            kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_MSRS, msrs, least=msrs.nmsrs),
+        ]
+
+    def restore_interrupts(self) -> None:
+        """Put the interrupt controllers back, if there are any, to the state last prepared; after the registers."""
         if self.timer is None:
             return
-        *chips, lapic = state.interrupts or self._initial.interrupts
+        *chips, lapic = self._interrupts or self._initial.interrupts
         for chip in chips:
             self._vm.set_irqchip(kvm_abi.kvm_irqchip.from_buffer_copy(chip))
         self._vcpu.set_lapic(kvm_abi.kvm_lapic_state.from_buffer_copy(lapic))
@@ -3047,7 +3164,7 @@ class _VirtualMachine:
     def __init__(
         self,
         slots: Sequence[tuple[int, SharedMemory, bool]],
-        cr3: int,
+        sregs: kvm_abi.kvm_sregs,
         *,
         timer: bool = False,
         msrs: tuple[int, ...] | None = None,
@@ -3064,14 +3181,16 @@ class _VirtualMachine:
             undo.callback(self.platform.close)
             self.vcpu = undo.enter_context(_uninterrupted(lambda: self._vm.create_vcpu(0)))
             self.vcpu.set_cpuid2(_guest_cpuid())
-            self._syncs_registers = bool(kvm.check_extension(Cap.SYNC_REGS) & kvm_abi.SyncRegs.REGS)
+            synced = kvm.check_extension(Cap.SYNC_REGS)
+            self._syncs_registers = bool(synced & _REGS)
+            self._syncs_state = synced & _SREGS_EVENTS == _SREGS_EVENTS and not timer  # whose state comes after these
             self.page = self.vcpu.page[:]  # views of its own: they would keep the VM alive beyond its close
             undo.callback(self.page.release)
             self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
             undo.callback(self.exit_reason.release)
             self.exit_io = self.page[_EXIT_OFFSET : _EXIT_OFFSET + 8].cast("Q")
             undo.callback(self.exit_io.release)
-            self.vcpu.set_sregs(_initial_sregs(cr3))
+            self.vcpu.set_sregs(sregs)
             self.platform.attach(self.vcpu)
             kvm.close()
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
@@ -3114,14 +3233,16 @@ class _VirtualMachine:
             if registers is not self._loaded:  # KVM never writes there: what it once was given, stays
                 self.page[_SYNC_REGS : _SYNC_REGS + len(registers)] = registers
                 self._loaded = registers
-            self.page[_DIRTY_REGS] = _REGS
+            self.page[_DIRTY_REGS] |= _REGS
         else:
             self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(registers))
 
     def use_ioctls_for_registers(self) -> None:
         """Set registers at once, not at the next entry: a debugger looks at them in between."""
-        self._syncs_registers = False
-        if self.page[_DIRTY_REGS]:  # what waits there would overwrite what is set from now on
+        self._syncs_registers = self._syncs_state = False
+        if self.page[_DIRTY_REGS] & _SREGS_EVENTS:  # what waits there would overwrite what is set from now on
+            self._set_state()
+        if self.page[_DIRTY_REGS]:
             self.page[_DIRTY_REGS] = 0
             self.load(bytes(self.page[_SYNC_REGS : _SYNC_REGS + ctypes.sizeof(kvm_abi.kvm_regs)]))
 
@@ -3141,14 +3262,56 @@ class _VirtualMachine:
         sregs.cr0 ^= kvm_abi.Cr0.WP
         self.vcpu.set_sregs(sregs)
 
-    def reset_vcpu(self, sregs: kvm_abi.kvm_sregs) -> None:
-        """Put every register that a guest can change back (abi.md 6.5), with *sregs* as given."""
-        self._complete_exit()
-        self.vcpu.set_vcpu_events(kvm_abi.kvm_vcpu_events())  # no exception is on its way into the guest
-        self.load(self.pack(rip=0, rsp=0))
-        self.vcpu.set_debugregs(kvm_abi.kvm_debugregs())
-        self.vcpu.set_xsave(_initial_xsave())
-        self.load_sregs(sregs)
+    def prepare_reset(self, sregs: kvm_abi.kvm_sregs, platform: PlatformState) -> None:
+        """Prepare `reset` to put every register that a guest can change back (abi.md 6.5), with *sregs* as given."""
+        toggled = kvm_abi.kvm_sregs.from_buffer_copy(sregs)
+        toggled.cr0 ^= Cr0.WP
+        self._flush = kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_SREGS, toggled)  # see load_sregs
+        self._resets = [
+            kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_DEBUGREGS, kvm_abi.kvm_debugregs()),
+            kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_XSAVE, _initial_xsave()),
+            *self.platform.prepare_reset(platform),
+        ]
+        self._reset_cr8 = int(sregs.cr8).to_bytes(8, "little")
+        self._reset_state = bytes(sregs) + bytes(kvm_abi.kvm_vcpu_events())  # no exception is on its way into the guest
+
+    def reset(self, flush: bool) -> None:
+        """Put every register back, as prepared, and *flush* the translations that KVM holds, if it has to be.
+
+        Special registers and events go with the next entry, where they can.
+        An ioctl on a vCPU costs as much as a dozen of them would: KVM loads and puts the vCPU each time.
+        """
+        if not self._exit_is_complete():
+            self._complete_exit()
+        if flush:
+            self._flush(self.vcpu.fd)
+        for prepared in self._resets:
+            prepared(self.vcpu.fd)
+        self.page[_SYNC_SREGS : _SYNC_SREGS + len(self._reset_state)] = self._reset_state
+        self.page[_CR8 : _CR8 + 8] = self._reset_cr8  # which each entry takes from here, over what was set before
+        self.page[_DIRTY_REGS] |= _SREGS_EVENTS
+        if not self._syncs_state:
+            self.load(self.pack(rip=0, rsp=0))
+            self._set_state()
+            self.platform.restore_interrupts()
+
+    def sregs(self) -> kvm_abi.kvm_sregs:
+        """Return the special registers."""
+        if self.page[_DIRTY_REGS] & _SREGS_EVENTS:
+            self._set_state()
+        return self.vcpu.get_sregs()
+
+    def _set_state(self) -> None:
+        """Set the special registers and events that wait in the kvm_run page for the next entry."""
+        self.page[_DIRTY_REGS] &= _REGS
+        events = self.page[_SYNC_EVENTS : _SYNC_EVENTS + ctypes.sizeof(kvm_abi.kvm_vcpu_events)]
+        self.vcpu.set_vcpu_events(kvm_abi.kvm_vcpu_events.from_buffer_copy(events))
+        self.vcpu.set_sregs(kvm_abi.kvm_sregs.from_buffer_copy(self.page[_SYNC_SREGS:_SYNC_EVENTS]))
+
+    def _exit_is_complete(self) -> bool:
+        """Whether the last exit left nothing to KVM: the guest halted, or wrote to a port."""
+        reason = self.exit_reason[0]
+        return reason == KvmExit.HLT or (reason == _EXIT_IO and self.exit_io[0] & 0xFF == _OUT)
 
     def _complete_exit(self) -> None:
         """Let KVM finish the guest's access that the last exit was about.
@@ -3169,8 +3332,12 @@ class _VirtualMachine:
 
 _EXIT_REASON = kvm_abi.kvm_run.exit_reason.offset
 _DIRTY_REGS = kvm_abi.kvm_run.kvm_dirty_regs.offset
+_CR8 = kvm_abi.kvm_run.cr8.offset
 _REGS = int(kvm_abi.SyncRegs.REGS)
+_SREGS_EVENTS = int(kvm_abi.SyncRegs.SREGS | kvm_abi.SyncRegs.EVENTS)
 _SYNC_REGS = kvm_abi.kvm_run.s.offset
+_SYNC_SREGS = _SYNC_REGS + kvm_abi.kvm_sync_regs.sregs.offset
+_SYNC_EVENTS = _SYNC_REGS + kvm_abi.kvm_sync_regs.events.offset
 
 _MAX_EXITS_OF_AN_ACCESS = 16
 
@@ -3292,7 +3459,7 @@ def cpl0_is_emulated() -> bool:
         tables.map(BASE_ADDRESS, base + code_offset, PAGE_SIZE, writable=False, executable=True)
         ram.write(0, tables.to_bytes())
         ram.write(code_offset, xorps_hlt)
-        vm = _VirtualMachine([(base, ram, True)], base)
+        vm = _VirtualMachine([(base, ram, True)], _initial_sregs(base))
         undo.callback(vm.close)
         vm.load(vm.pack(rip=BASE_ADDRESS, rsp=0))
         return vm.vcpu.run() == 0 and vm.exit_reason[0] == KvmExit.INTERNAL_ERROR
@@ -4404,10 +4571,13 @@ class Timing(typing.NamedTuple):
 def timed(
     action: Callable[[], Any], *, before: Callable[[], Any] | None = None, after: Callable[[Any], Any] | None = None
 ) -> Sampler:
-    """Return a sampler of *action*; untimed are *before*, and *after*, which gets what the action returned."""
+    """Return a sampler of *action*. Untimed are *before*, and *after*, which gets what the action returned.
+
+    *after* is called when all samples have been taken: closing a VM keeps the kernel busy beyond its end.
+    """
 
     def sample(count: int) -> list[int]:
-        times = []
+        times, results = [], []
         for _ in range(count):
             if before is not None:
                 before()
@@ -4415,6 +4585,9 @@ def timed(
             result = action()
             times.append(time.perf_counter_ns() - begin)
             if after is not None:
+                results.append(result)
+        if after is not None:
+            for result in results:
                 after(result)
         return times
 
@@ -4446,6 +4619,7 @@ def measure(samplers: Mapping[str, Sampler], seconds: float = 5.0, warm_up_s: fl
 
 
 _TURN_S = 0.05
+_MAX_SAMPLES_PER_TURN = 1000
 
 
 def _samples_per_turn(sampler: Sampler, warm_up_s: float) -> int:
@@ -4454,7 +4628,7 @@ def _samples_per_turn(sampler: Sampler, warm_up_s: float) -> int:
     while not count or time.perf_counter() - begin < warm_up_s:
         sampler(1)
         count += 1
-    return max(1, int(count * _TURN_S / (time.perf_counter() - begin)))
+    return min(max(1, int(count * _TURN_S / (time.perf_counter() - begin))), _MAX_SAMPLES_PER_TURN)
 
 
 @contextlib.contextmanager
@@ -4521,9 +4695,11 @@ def _interrupt_once(sandbox: MultiUseSandbox, handle: InterruptHandle, snapshot:
 
     def kill() -> None:
         nonlocal killed_ns
-        time.sleep(0.01)  # as in 0.14's benchmark: the guest is well under way
-        killed_ns = time.perf_counter_ns()
-        handle.kill()
+        while True:
+            time.sleep(0.01)  # as in 0.14's benchmark: the guest is well under way
+            killed_ns = time.perf_counter_ns()
+            if handle.kill():
+                return
 
     thread = threading.Thread(target=kill)
     thread.start()

@@ -78,6 +78,7 @@ __version__ = "0.14.0"
 __all__ = [  # noqa: RUF022 -- in the order of the chapters
     # handles, errors, and how to read an exit
     "Kvm", "Vm", "Vcpu", "KvmError", "describe_exit", "failed_instruction", "deny_msrs_except", "ioctl",
+    "PreparedIoctl", "msrs",
     "Ioctl", "Struct", "FlexibleStruct",
     # constants
     "KVM_API_VERSION", "KVM_MSR_FILTER_MAX_RANGES", "KvmExit", "IoDirection", "InternalError", "SystemEvent",
@@ -1213,6 +1214,26 @@ def ioctl(fd: int, request: Ioctl, argument: Struct | int | None = None) -> int:
     return result
 
 
+class PreparedIoctl:
+    """An ioctl to be made many times with the same struct, which is checked once and must not change afterwards.
+
+    Raises as `ioctl`, and KvmError also where the result is less than *least*.
+    """
+
+    def __init__(self, request: Ioctl, argument: Struct, *, least: int = 0) -> None:
+        if request.argument is None or not isinstance(argument, request.argument):
+            raise TypeError(f"{request.name} does not take a {type(argument).__name__}")
+        if isinstance(argument, FlexibleStruct):
+            argument.check_count()
+        self.name, self._request, self._least = request.name, int(request), least
+        self._reference = ctypes.byref(argument)  # which keeps the struct
+
+    def __call__(self, fd: int) -> None:
+        """Make it on *fd*."""
+        if _ioctl(fd, self._request, self._reference) < self._least:
+            raise KvmError(self.name, ctypes.get_errno() or errno.EINVAL)
+
+
 # ======================================================================================================
 # 6. Handles: one class for each kind of file descriptor
 # ======================================================================================================
@@ -1628,9 +1649,9 @@ class Vcpu(_Handle):
         Raises:
             KvmError: EINVAL at the first that cannot be read; the message names it.
         """
-        msrs = _msrs(dict.fromkeys(indices, 0))
-        self._move_msrs(KVM_GET_MSRS, msrs)
-        return {entry.index: entry.data for entry in msrs.entries}
+        wanted = msrs(dict.fromkeys(indices, 0))
+        self._move_msrs(KVM_GET_MSRS, wanted)
+        return {entry.index: entry.data for entry in wanted.entries}
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
         """Write model-specific registers, at most 255 at a time, in the mapping's order.
@@ -1639,7 +1660,7 @@ class Vcpu(_Handle):
             KvmError: EINVAL at the first that cannot be written; the message names it. Those before it are
                 written.
         """
-        self._move_msrs(KVM_SET_MSRS, _msrs(values))
+        self._move_msrs(KVM_SET_MSRS, msrs(values))
 
     def _move_msrs(self, request: Ioctl, msrs: kvm_msrs) -> None:
         done = ioctl(self._fd, request, msrs)
@@ -1717,11 +1738,12 @@ def _enable_cap(cap: int, args: tuple[int, ...], flags: int) -> kvm_enable_cap:
     return kvm_enable_cap(cap=cap, flags=flags, args=args)
 
 
-def _msrs(values: Mapping[int, int]) -> kvm_msrs:
-    msrs = kvm_msrs.sized(len(values))
-    for entry, (index, data) in zip(msrs.entries, values.items(), strict=True):
+def msrs(values: Mapping[int, int]) -> kvm_msrs:
+    """Make the struct that holds model-specific registers: values by index."""
+    struct = kvm_msrs.sized(len(values))
+    for entry, (index, data) in zip(struct.entries, values.items(), strict=True):
         entry.index, entry.data = index, data
-    return msrs
+    return struct
 
 
 def _msr_name(index: int) -> str:

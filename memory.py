@@ -422,6 +422,9 @@ _MAX_MAPPING_SIZE = 1 << 46  # a quarter of what x86-64 Linux gives a process: a
 # The highest byte of an entry of /proc/self/pagemap: bit 63 is "present", bit 62 "swapped"
 # (Documentation/admin-guide/mm/pagemap.rst).
 _IS_BACKED = bytes(int(top & 0xC0 != 0) for top in range(256))
+_IS_CHANGED = bytes(int(top & 0xC0 != 0 and top & 0x20 == 0) for top in range(256))  # bit 61: "a file's page"
+_REVERT_WINDOW = 1 << 20  # bytes at the begin of a mapping in which changed pages are looked for
+_MAX_REVERTED_PAGES = 64
 _POPULATED_RUN = re.compile(b"\1{1,256}")
 
 _U8 = struct.Struct("<B")
@@ -484,7 +487,7 @@ class SharedMemory:
         self._file_offset = file_offset
         self._writable = writable
         self._shared = shared
-        self._overlays: list[tuple[int, int]] = []
+        self._overlays: list[tuple[int, int, _File, int]] = []  # begin, end; file and the offset in it
         self._map_between_guards()
         self._view = memoryview((ctypes.c_char * size).from_address(self._address)).cast("B")
         # Both limits drop to -1 at close, so that one comparison per access covers that as well.
@@ -691,6 +694,31 @@ class SharedMemory:
         if _libc.madvise(self._address + offset, size, _MADV_DONTNEED):
             raise MmapFailed(ctypes.get_errno(), "madvise(MADV_DONTNEED) failed")
 
+    def changed(self, pagemap: PageMap) -> list[tuple[int, int]] | None:
+        """Return the (offset, size) runs of pages that `revert` has to write; None where `discard` is the better way.
+
+        That is, where many pages have changed, or which ones cannot be known.
+        """
+        self._check_open()
+        return pagemap.changed(self._address, min(self._size, _REVERT_WINDOW))
+
+    def revert(self, changed: Iterable[tuple[int, int]]) -> None:
+        """Make every page read as the file behind it, or as zeros, as `discard` does.
+
+        A discarded page costs a fault at the next access, and more than one inside a VM. Few pages are far
+        cheaper written over in place: those that `changed` has just found.
+
+        Raises:
+            HyperlightError: the mapping is shared or read-only.
+        """
+        if self._shared or self._write_limit < 0:
+            self._check_open()
+            raise HyperlightError("only a private, writable mapping can be reverted")
+        for offset, size in changed:
+            self._revert_run(offset, size)
+        if self._size > _REVERT_WINDOW:
+            self.discard(_REVERT_WINDOW)
+
     def overlay(self, offset: int, source: SharedMemory, source_offset: int, size: int) -> None:
         """Show part of the file behind another memory, privately, instead of the pages at `offset`.
 
@@ -716,7 +744,7 @@ class SharedMemory:
             flags = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
             place = source._file_offset + source_offset
             _mmap(self._address + offset, size, _PROT_READ | _PROT_WRITE, flags, source._file.fd, place)
-            self._overlays.append((offset, offset + size))
+            self._overlays.append((offset, offset + size, source._file, place))
 
     def populated(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
         """Yield the (offset, size) runs of whole pages that may hold anything but zeros.
@@ -730,7 +758,7 @@ class SharedMemory:
         if offset % PAGE_SIZE or size % PAGE_SIZE:
             raise LayoutError(f"cannot look for pages in {size:#x} bytes at {offset:#x}: only whole pages")
         pages = _backed_pages(self._address + offset, size)
-        extents = [(start - offset, end - offset) for start, end in self._overlays]
+        extents = [(start - offset, end - offset) for start, end, _, _ in self._overlays]
         extents += _data_extents(self._file, self._file_offset + offset, size)
         for start, end in extents:
             first, last = max(start, 0) // PAGE_SIZE, page_up(min(end, size)) // PAGE_SIZE
@@ -789,7 +817,7 @@ class SharedMemory:
         return self._view[offset : offset + size]
 
     def open_view(self, view: memoryview) -> memoryview:
-        """Return *view*, made by `view`, while the memory cannot be closed meanwhile. Raises HyperlightError."""
+        """Return what `view` made, if the memory is still open. Raises HyperlightError."""
         if self._limit < 0:
             self._check_open()
         return view
@@ -814,6 +842,18 @@ class SharedMemory:
         backing = "anonymous" if self._file is None else f"file {self._file.fd}"
         state = "closed" if self.closed else f"{kind} {backing}"
         return f"<SharedMemory {self._size:#x} bytes, {state}>"
+
+    def _revert_run(self, offset: int, size: int) -> None:
+        """Write the original content over a run of pages; what lies under an overlay is the overlay's."""
+        view = self._view[offset : offset + size]
+        if self._file is None:
+            view[:] = bytes(size)
+        else:
+            os.preadv(self._file.fd, [view], self._file_offset + offset)
+        for start, end, file, place in self._overlays:
+            first, last = max(offset, start), min(offset + size, end)
+            if first < last:
+                os.preadv(file.fd, [self._view[first:last]], place + first - start)
 
     def _map_between_guards(self) -> None:
         flags = (_MAP_SHARED if self._shared else _MAP_PRIVATE) | _MAP_FIXED | _MAP_NORESERVE
@@ -849,6 +889,45 @@ class SharedMemory:
         if writing and not self._writable:
             raise HyperlightError("the shared memory is mapped read-only")
         raise BoundsCheckFailed(offset, size, self._size)
+
+
+class PageMap:
+    """The kernel's map of this process's pages: which of them are copies of its own.
+
+    Made for mappings of the process that makes it: after a fork, the child's are not the ones it tells about.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # then nothing is known, and all of it is discarded at each revert
+            self._fd = -1
+        self._finalizer = weakref.finalize(self, _close_unless_missing, self._fd)
+        self._finalizer.atexit = False
+
+    def changed(self, address: int, size: int) -> list[tuple[int, int]] | None:
+        """Return (offset, size) of the runs of pages that were written to in a private mapping.
+
+        None where that cannot be known, or where there are many.
+        """
+        try:
+            entries = os.pread(self._fd, size // PAGE_SIZE * 8, address // PAGE_SIZE * 8)
+        except OSError:
+            return None
+        pages = entries[7::8].translate(_IS_CHANGED)
+        if len(pages) != size // PAGE_SIZE or pages.count(1) > _MAX_REVERTED_PAGES:
+            return None
+        return [(run.start() * PAGE_SIZE, len(run[0]) * PAGE_SIZE) for run in _POPULATED_RUN.finditer(pages)]
+
+    def close(self) -> None:
+        """Close the file; afterwards nothing is known."""
+        self._finalizer()
+        self._fd = -1
+
+
+def _close_unless_missing(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
 
 
 class _File:

@@ -162,7 +162,7 @@ def test_guest_text_cannot_reach_the_terminal_through_errors(capfd: pytest.Captu
 def test_help_teaches(capfd: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capfd, "--help")
     assert status == 0 and "exit status" in out
-    for command in ("run", "call", "gdb", "inspect", "doctor", "build"):
+    for command in ("run", "call", "gdb", "inspect", "doctor", "bench", "build"):
         status, out, _ = run(capfd, command, "--help")
         assert status == 0 and "hyperlight " + command in out
 

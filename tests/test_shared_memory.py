@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -523,6 +524,63 @@ def test_discarded_file_pages_read_as_the_file() -> None:
         mapping.fill(0, SIZE, 0xEE)
         mapping.discard(2 * PAGE_SIZE)
         assert mapping.read(0, SIZE) == b"\xee" * 2 * PAGE_SIZE + pattern(SIZE)[2 * PAGE_SIZE :]
+
+
+def test_reverted_pages_read_as_the_file_the_overlay_or_zero() -> None:
+    with (
+        contextlib.closing(memory.PageMap()) as pagemap,
+        sealed_pattern() as snapshot,
+        snapshot.map_private() as image,
+        SharedMemory.anonymous(SIZE) as scratch,
+    ):
+        scratch.overlay(PAGE_SIZE, snapshot, 0, PAGE_SIZE)
+        original = scratch.read(0, SIZE)
+        assert original[PAGE_SIZE : 2 * PAGE_SIZE] == pattern(SIZE)[:PAGE_SIZE]
+        for touched in (range(0, SIZE, PAGE_SIZE), (0,), (PAGE_SIZE,), ()):
+            for page in touched:
+                image.write(page + 5, b"changed")
+                scratch.write(page + 5, b"changed")
+            for mapping in (image, scratch):
+                changed = mapping.changed(pagemap)
+                assert changed is not None
+                assert {page for start, size in changed for page in range(start, start + size, PAGE_SIZE)} >= set(touched)
+                mapping.revert(changed)
+            assert image.read(0, SIZE) == pattern(SIZE)
+            assert scratch.read(0, SIZE) == original
+
+
+def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones() -> None:
+    with contextlib.closing(memory.PageMap()) as pagemap, SharedMemory.anonymous(65 * PAGE_SIZE) as mapping:
+        mapping.fill(0, 64 * PAGE_SIZE, 1)
+        assert mapping.changed(pagemap) == [(0, 64 * PAGE_SIZE)]
+        mapping.fill(0, 65 * PAGE_SIZE, 1)
+        assert mapping.changed(pagemap) is None
+        pagemap.close()
+        mapping.discard()
+        assert mapping.changed(pagemap) is None
+
+
+def test_what_lies_beyond_the_first_mebibyte_is_reverted_too() -> None:
+    with contextlib.closing(memory.PageMap()) as pagemap, SharedMemory.anonymous(2 << 20) as mapping:
+        mapping.write(PAGE_SIZE, b"near")
+        mapping.write((1 << 20) + PAGE_SIZE, b"far")
+        changed = mapping.changed(pagemap)
+        assert changed is not None
+        mapping.revert(changed)
+        assert mapping.read(0, 2 << 20) == bytes(2 << 20)
+
+
+def test_only_private_writable_memory_can_be_reverted(tmp_path: Path) -> None:
+    with SharedMemory.memfd(PAGE_SIZE) as shared, pytest.raises(HyperlightError, match="private"):
+        shared.revert([])
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE_SIZE))
+    with (
+        path.open("rb") as file,
+        SharedMemory.from_fd(file.fileno(), PAGE_SIZE) as mapping,
+        pytest.raises(HyperlightError, match="writable"),
+    ):
+        mapping.revert([])
 
 
 def test_only_whole_private_pages_can_be_discarded(shared: SharedMemory) -> None:

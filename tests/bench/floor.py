@@ -116,7 +116,7 @@ class Floor:
 _MAX_WORDS, _MAX_PIECES = 8, 4
 _IMAGE = struct.Struct(
     f"<10Q{2 * _MAX_WORDS}Q1Q{3 * _MAX_PIECES}Q"
-    f"{2 * ctypes.sizeof(kvm_abi.kvm_regs)}s{ctypes.sizeof(kvm_abi.kvm_sregs)}s"
+    f"{2 * ctypes.sizeof(kvm_abi.kvm_regs)}s{ctypes.sizeof(kvm_abi.kvm_sregs)}s{ctypes.sizeof(kvm_abi.kvm_xcrs)}s"
 )
 _HEADER = struct.Struct("<4Q")
 _CONVERSATION = struct.Struct("<8Q")
@@ -182,7 +182,7 @@ def _image(snapshot: Snapshot, entries: bytes, sregs: bytes, blobs: _Blobs) -> b
         *(layout.input_data_size, layout.output_data_size, int(snapshot.copy_on_write == "host")),
         *words, *[0] * (2 * _MAX_WORDS - len(words)),
         len(pieces) // 3, *pieces, *[0] * (3 * _MAX_PIECES - len(pieces)),
-        entries, sregs,
+        entries, sregs, snapshot.platform.xcrs,
     )  # fmt: skip
 
 
