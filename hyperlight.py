@@ -5057,8 +5057,8 @@ def _call_configured(
         uninitialized.register("HostPrint", _print_plainly, (str,), Int)
         uninitialized.register("HostAdd", lambda left, right: left + right, (Int, Int), Int)
         guest = _GuestThread(uninitialized, function, values)
-        guest.start()
         try:
+            guest.start()  # on a busy machine Ctrl-C can come before it returns
             return guest.result(arguments.timeout)
         except TimeoutError:
             place = _place(elf, guest.stop())
@@ -5099,11 +5099,18 @@ class _GuestThread(threading.Thread):
         """Keep the result or the error for ``result()``."""
         try:
             with self._uninitialized.evolve() as sandbox:
-                self._result = sandbox.call(self._function, *self._values)
+                self._call(sandbox)
         except BaseException as error:
             self._error = error
         finally:
             self._ended.set()
+
+    def _call(self, sandbox: MultiUseSandbox) -> None:
+        """Keep the outcome at once: the end of the VM takes its time on a busy machine."""
+        try:
+            self._result = sandbox.call(self._function, *self._values)
+        except BaseException as error:
+            self._error = error
 
     def result(self, timeout_s: float | None) -> Any:
         """Return the call's result or raise its error. Raises ``TimeoutError`` after *timeout_s*."""

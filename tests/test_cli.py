@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import elfwriter
@@ -216,6 +218,30 @@ def test_ctrl_c_stops_the_guest_at_once_and_says_where(tmp_path: Path, code: byt
         command.send_signal(signal.SIGINT)
         assert command.stderr.read() == f"hyperlight: error: interrupted at {place:#x}\n"
     assert command.returncode == 130
+
+
+@require("kvm")
+def test_ctrl_c_before_the_main_thread_knows_that_the_guest_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a busy machine it can come while the main thread is still starting the guest's."""
+    runs = threading.Event()
+
+    class Told(io.StringIO):
+        def write(self, text: str) -> int:
+            runs.set()
+            return super().write(text)
+
+    class Interrupted(hyperlight._GuestThread):
+        def start(self) -> None:
+            super().start()
+            assert runs.wait(60)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hyperlight, "_GuestThread", Interrupted)
+    monkeypatch.setattr(sys, "stderr", Told())
+    assert main(["call", spinning_guest(tmp_path, INITIALISE + SPIN), "Spin"]) == 130
+    assert sys.stderr.getvalue() == "\nhyperlight: error: interrupted at 0x1018\n"
 
 
 @require("kvm")
