@@ -735,7 +735,7 @@ def _unpack(register: Register, text: bytes) -> int | None:
 # -----------------------------------------------------------------------------------------------------
 
 _BITS64 = (1 << 64) - 1
-_AGENT_STEPS = 10_000  # conditions can jump backwards
+_AGENT_STEPS = 1000  # conditions can jump backwards
 _AGENT_STACK = 100
 
 
@@ -976,9 +976,12 @@ def _parse_point(text: bytes) -> _Point:
     """``kind,addr,size[;X<length>,<code>...][;cmds:...]``"""
     where, _, options = text.partition(b";")
     kind, address, size = (_parse_number(field) for field in _parse_fields(where, 3))
-    conditions, position = [], 0
+    conditions: list[bytes] = []
+    position = 0
     while (found := _CONDITION.match(options, position)) is not None:
         position = found.end() + 2 * int(found.group(1), 16)
+        if len(conditions) == _MOST_CONDITIONS:
+            raise _Malformed(f"more than {_MOST_CONDITIONS} conditions")
         conditions.append(_parse_bytes(options[found.end() : position]))
         if len(conditions[-1]) != int(found.group(1), 16):
             raise _Malformed("a condition is shorter than its length says")
@@ -1023,6 +1026,7 @@ def _parse_vcont(text: bytes) -> _Goal:
 
 _SLOTS = 4  # debug registers of an x86 processor
 _MOST_POINTS = 1024
+_MOST_CONDITIONS = 16  # of one breakpoint: gdb sends one for each breakpoint that a user has set there
 _SOFTWARE = 0
 _KINDS = {1: Access.EXECUTE, 2: Access.WRITE, 4: Access.ACCESS}  # the digit of Z1, Z2 and Z4
 _INT3 = b"\xcc"
@@ -1192,7 +1196,7 @@ _OK = b"OK"
 _MOST_BINARY = PACKET_SIZE // 2 - _SLACK  # bytes in a reply, all of which may need an escape
 _MOST_HEX = PACKET_SIZE // 2 - _SLACK
 _MOST_FILES = 16
-_MOST_SCANNED = 1 << 30  # bytes of memory that one search or CRC may read
+_MOST_SCANNED = 1 << 28  # bytes of memory that one search or CRC may read
 _SCAN_CHUNK = 1 << 16
 _TRACE_PACKETS, _TRACE_WIDTH = 64, 100
 _BUSY = b"E%02x" % errno.EBUSY
@@ -1930,47 +1934,49 @@ def _file_error(code: int) -> bytes:
 # =====================================================================================================
 
 _READ_SIZE = 1 << 16
-_MOST_UNANSWERED = 256  # packets in the inbox; no debugger sends ahead like that
+_MOST_UNANSWERED = 64  # packets in the inbox; no debugger sends ahead like that
+_KILL = Packet(b"k")  # which gdb sends as its last word, because there is no answer
 _MOST_REFUSED = 8  # connections that are kept only to tell them that they are one too many
 _REFUSAL = b"E.another debugger is connected to this guest"
 
 
 class _Client:
-    """A connection: bytes in and out, framed by a `Link`. Reads on one thread, writes on any."""
+    """A connection: bytes in and out, framed by a `Link`. Reads on one thread, writes on any.
+
+    Nobody waits for a peer that does not read. What its socket does not take is kept, and *on_full* is called: the
+    server's thread then sends the rest when it can, and does not read from the peer before.
+    """
 
     def __init__(
-        self, read_fd: int, write_fd: int, shut_down: Callable[[], None], close: Callable[[], None]
+        self, read_fd: int, write_fd: int, close: Callable[[], None], on_full: Callable[[], None]
     ) -> None:
         self.read_fd = read_fd
         self._write_fd = write_fd
-        self._shut_down = shut_down  # wakes a writer that is stuck
         self._close = close
+        self._on_full = on_full
         self._link = Link()
-        self._writing = threading.Lock()
+        self._writing = threading.Lock()  # guards the next two
+        self._unsent = bytearray()
         self._closed = False
+        self._begun = False
 
     @classmethod
-    def over_socket(cls, connection: socket.socket) -> _Client:
+    def over_socket(cls, connection: socket.socket, on_full: Callable[[], None]) -> _Client:
         """Use a connected socket."""
-        connection.setblocking(True)
+        connection.setblocking(False)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # packets are small, and answered
-
-        def shut_down() -> None:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError as error:
-                _log.debug("shutdown: %s", error)  # the peer was faster
-
-        return cls(connection.fileno(), connection.fileno(), shut_down, connection.close)
+        return cls(connection.fileno(), connection.fileno(), connection.close, on_full)
 
     @classmethod
     def over_stdio(cls) -> _Client:
         """Use standard input and output, and keep everybody else's output out of the protocol.
 
-        From now on fd 0 is empty and fd 1 is standard error, for this process and its children.
+        From now on fd 0 is empty and fd 1 is standard error, for this process and its children. These two are not
+        ours alone, so that they stay blocking: a writer waits for the gdb that started us to read on, or to end.
         """
         read_fd, write_fd = os.dup(0), os.dup(1)
+        os.set_blocking(write_fd, True)
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(nothing, 0)
         os.close(nothing)
@@ -1980,16 +1986,22 @@ class _Client:
             os.close(read_fd)
             os.close(write_fd)
 
-        # A pipe cannot be shut down: a stuck writer waits for gdb to read on, or to end.
-        return cls(read_fd, write_fd, lambda: None, close)
+        return cls(read_fd, write_fd, close, lambda: None)
 
     def receive(self) -> list[Packet | Event] | None:
         """Read what is there, and acknowledge it. None at the end of the connection."""
         try:
             data = os.read(self.read_fd, _READ_SIZE)
+        except BlockingIOError:
+            return []
         except OSError as error:
             _log.debug("read: %s", error)
-            data = b""
+            return None
+        if not self._begun and data and not _START.match(data):
+            # A web page can have a browser POST anything to any port of this machine, packets included.
+            _log.warning("a connection that begins with %r is no debugger's", data[:16])
+            return None
+        self._begun = True
         if not data:
             return None
         events, answer = self._link.receive(data)
@@ -2004,20 +2016,30 @@ class _Client:
 
     def _write(self, data: bytes) -> None:
         with self._writing:
-            view = memoryview(data)
-            while view and not self._closed:
+            if not self._closed:
+                self._unsent += data
+        if not self.flush():
+            self._on_full()
+
+    def flush(self) -> bool:
+        """Send what is kept; return whether that is all of it."""
+        with self._writing:
+            while self._unsent and not self._closed:
                 try:
-                    view = view[os.write(self._write_fd, view) :]
+                    del self._unsent[: os.write(self._write_fd, self._unsent)]
+                except BlockingIOError:
+                    return False
                 except OSError as error:
                     _log.debug("write: %s", error)
-                    return
+                    self._unsent.clear()
+            return True
 
     def close(self) -> None:
         """Close the connection, at most once."""
-        if not self._closed:
-            self._closed = True
-            self._shut_down()
-            with self._writing:  # else the number of the fd could be another file's by now
+        with self._writing:  # else the number of the fd could be another file's by now
+            if not self._closed:
+                self._closed = True
+                self._unsent.clear()
                 self._close()
 
 
@@ -2063,6 +2085,7 @@ class DebugServer:
         self._parted = Resume.CONTINUE  # how to go on without a session: KILL if the last debugger said so
         self._idle = False  # the server's thread is the owner
         self._refused: set[socket.socket] = set()
+        self._is_reading = False  # the selector waits for the client's packets, not for room to answer it
         self._stdio = _Client.over_stdio() if address == "stdio" else None
         self._listener = None if self._stdio else _Listener(address)
         self.address = self._listener.name if self._listener else "stdio"
@@ -2237,22 +2260,23 @@ class DebugServer:
 
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake_fd)
+        if self._reader is not None:
+            self._on_writable()
         if self._inbox and not self._serving:
             self._summon()
 
     def _on_connection(self) -> None:
-        try:
-            connection, _ = cast(_Listener, self._listener).socket.accept()
-        except OSError as error:
-            _log.warning("a connection was lost before it was accepted: %s", error)
+        connection = cast(_Listener, self._listener).accept()
+        if connection is None:
             return
         if self._reader is None:
-            self._connect(_Client.over_socket(connection))
+            self._connect(_Client.over_socket(connection, self._wake))
         else:
             self._refuse(connection)
 
     def _connect(self, client: _Client) -> None:
         self._selector.register(client.read_fd, selectors.EVENT_READ, self._on_readable)
+        self._is_reading = True
         self._post(client)
 
     def _on_readable(self) -> None:
@@ -2263,11 +2287,32 @@ class DebugServer:
         for event in events:
             self._post(event)
 
+    def _on_writable(self) -> None:
+        """Send what the client had no room for; read from it only when nothing is left of that."""
+        client = cast(_Client, self._reader)
+        is_empty = client.flush()
+        if is_empty and not self._is_reading:
+            self._selector.modify(client.read_fd, selectors.EVENT_READ, self._on_readable)
+        elif not is_empty and self._is_reading:
+            self._selector.modify(client.read_fd, selectors.EVENT_WRITE, self._on_writable)
+        self._is_reading = is_empty
+
     def _hang_up(self) -> None:
+        """Close the connection. What the debugger said without waiting for the answer is void, but for ``k``."""
         client = cast(_Client, self._reader)
         self._selector.unregister(client.read_fd)
+        with self._arrived:
+            if is_new := client in self._inbox:  # nobody has taken notice of it yet, and nobody shall
+                while self._inbox.pop() is not client:
+                    pass
+                self._reader = None
+            else:
+                said = [item for item in self._inbox if item == _KILL]
+                self._inbox.clear()
+                self._inbox.extend(said)
+        if not is_new:
+            self._post(_Gone())
         client.close()
-        self._post(_Gone())
 
     def _post(self, item: Packet | Event | _Client | _Gone) -> None:
         """Put something into the inbox, and see to it that somebody takes it out."""
@@ -2349,6 +2394,9 @@ class _Listener:
                 self.socket = self._listen_tcp(*_parse_address(address))
                 host, port = self.socket.getsockname()[:2]
                 self.name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self._spare = socket.socket()  # an fd to give up when there are no more
+        except UnicodeError as error:
+            raise RspUsageError(f"{address!r} has no host's name: {error}") from error
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
             advice = "; another sandbox or program listens there, choose another address" if in_use else ""
@@ -2383,9 +2431,29 @@ class _Listener:
             raise
         return listener
 
+    def accept(self) -> socket.socket | None:
+        """Return the next connection. None if it is gone, or had to be dropped because the process has no fd left."""
+        try:
+            return self.socket.accept()[0]
+        except OSError as error:
+            _log.warning("a connection was lost before it was accepted: %s", error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._drop_one()
+            return None
+
+    def _drop_one(self) -> None:
+        """Get rid of a connection for which there is no fd: it would wake the server again at once, for ever."""
+        self._spare.close()
+        try:
+            self.socket.accept()[0].close()
+            self._spare = socket.socket()
+        except OSError as error:  # somebody else took the fd
+            _log.debug("accept: %s", error)
+
     def close(self) -> None:
         """Stop listening, and remove the socket file."""
         self.socket.close()
+        self._spare.close()
         if self._path is not None:
             _remove_stale(self._path)
 

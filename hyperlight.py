@@ -3774,10 +3774,14 @@ class _Debugger:
         except gdb_rsp.RspError as error:
             code = error.errno if isinstance(error, OSError) else errno.EINVAL
             raise DebugServerError(code, f"no debugger can reach {info.listen}: {error}") from error
-        if info.announce is not None:
-            info.announce(self.server.address)
-        if info.wait and not self.server.wait_for_client(info.wait_timeout_s):
-            _logger.warning("no debugger came to %s: the guest runs without", self.server.address)
+        try:
+            if info.announce is not None:
+                info.announce(self.server.address)
+            if info.wait and not self.server.wait_for_client(info.wait_timeout_s):
+                _logger.warning("no debugger came to %s: the guest runs without", self.server.address)
+        except BaseException:  # Ctrl-C while nobody comes, for example
+            self.server.close()
+            raise
 
     # -- what the run loop calls --
 
@@ -5007,6 +5011,8 @@ def _gdb(arguments: argparse.Namespace) -> int:
 
 def _announce_debugger(address: str) -> None:
     sys.stderr.write(f"The guest waits for a debugger. In another terminal:\n  {' '.join(_gdb_command(address))}\n")
+    if cpl0_is_emulated():
+        sys.stderr.write("This KVM emulates code at CPL 0: no hardware breakpoints, no watchpoints in hardware.\n")
 
 
 def _gdb_command(address: str, *, quoted: bool = True) -> list[str]:

@@ -1219,6 +1219,17 @@ def test_two_sandboxes_cannot_share_a_port() -> None:
         assert debuggee.result() == [0]
 
 
+def test_failure_before_the_debugger_comes_leaves_no_server_behind(no_leaks: None) -> None:
+    """F.13/10: a Ctrl-C while waiting, for example."""
+
+    def announce(address: str) -> None:
+        raise KeyboardInterrupt
+
+    config = SandboxConfiguration(guest_debug_info=DebugInfo(announce=announce))
+    with UninitializedSandbox(str(GUEST), config) as uninitialized, pytest.raises(KeyboardInterrupt):
+        uninitialized.evolve()
+
+
 def test_waiting_for_a_debugger_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
     """F.13/10: the guest runs without, and the log says so."""
     with debugged(calling("GetStatic"), wait_timeout_s=0.01) as debuggee:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -138,6 +140,47 @@ class Guest:
         self.server.close()
         self.machine.interrupt()
         self.thread.join()
+
+
+class Idling(Machine):
+    """A machine behind a lock, as a sandbox is: calls take it, and the server when there is no call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.server: DebugServer | None = None
+
+    def try_acquire(self) -> bool:
+        return self.lock.acquire(blocking=False)
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def call(self, steps: int) -> list[Resume]:
+        """Make a guest call of *steps* instructions; return how it was resumed."""
+        server = self.server
+        assert server is not None
+        actions: list[Resume] = []
+        try:
+            with self.lock:
+                try:
+                    self._call(server, steps, actions)
+                finally:
+                    server.left()
+        finally:
+            server.released()
+        return actions
+
+    def _call(self, server: DebugServer, steps: int, actions: list[Resume]) -> None:
+        actions.append(server.entered())
+        for _ in range(steps):
+            if actions[-1] is Resume.KILL:
+                break
+            stop = self.run(step=True)
+            if stop is None:
+                actions.append(server.attend())
+            elif actions[-1] is Resume.STEP or stop.reason is not Reason.STEP:
+                actions.append(server.stopped(stop))
 
 
 # --- addresses ---------------------------------------------------------------------------------------
@@ -429,6 +472,7 @@ def test_damaged_packet_is_asked_for_again():
 def test_malformed_packets_never_end_the_connection(nonsense):
     """F.13/15"""
     with Guest(Machine()) as guest, Client(guest.server.address) as client:
+        assert client.ask(b"qC") == b"QC1"
         client.socket.sendall(nonsense)
         client.send(b"qC")
         while client.receive() != b"QC1":
@@ -444,58 +488,156 @@ def test_packets_without_end_that_nobody_can_answer_end_the_connection():
         assert not machine.memory.count(0xCC)
 
 
-def test_peer_that_does_not_read_cannot_keep_the_server_open():
-    with Guest(Machine()) as guest:
-        client = Client(guest.server.address)
-        client.ask(b"QStartNoAckMode")
-        for _ in range(200):  # 200 replies of 64 KiB are more than any socket buffer holds
-            client.send(b"m%x,7000" % BASE)
-        guest.server.close()
-        client.socket.close()
+def test_browser_that_a_web_page_sends_here_is_hung_up_on():
+    """A page may POST to any port of this machine, and its body may hold packets."""
+    machine = Machine()
+    with Guest(machine) as guest:
+        with Client(guest.server.address) as browser:
+            body = encode(b"M%x,1:cc" % CRASH)
+            browser.socket.sendall(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            assert browser.is_closed_by_peer()
+        with Client(guest.server.address) as client:
+            assert client.ask(b"m%x,1" % CRASH) == b"0f"
+
+
+BIG = b"m%x,1000" % BASE  # the reply has 8 KiB
+MANY = 60  # and is not waited for so often: more than socket buffers hold that are as small as these
+
+
+def deaf_client(server: DebugServer) -> Client:
+    """Connect with buffers that are soon full, and do not read."""
+    server._listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # type: ignore[union-attr]
+    client = Client.__new__(Client)
+    client.socket = socket.socket()
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, _, port = server.address.rpartition(":")
+    client.socket.settimeout(TIMEOUT_S)
+    client.socket.connect((host, int(port)))
+    client.decoder, client.arrived = PacketDecoder(), []
+    client.ask(b"QStartNoAckMode")
+    client.socket.sendall(encode(BIG) * MANY)
+    return client
+
+
+@pytest.mark.parametrize("machine", [Machine, Idling])
+def test_peer_that_reads_late_gets_every_reply(machine):
+    """Whoever answers: the guest's thread, or the server's own for an idle guest."""
+    machine = machine()
+    with contextlib.ExitStack() as undo:
+        if isinstance(machine, Idling):
+            server = machine.server = undo.enter_context(DebugServer(machine))
+        else:
+            server = undo.enter_context(Guest(machine)).server
+        client = undo.enter_context(deaf_client(server))
+        replies = [client.receive() for _ in range(MANY)]
+        assert replies == [machine.memory[:0x1000].hex().encode()] * MANY
+        assert client.ask(b"qC") == b"QC1"
+        assert client.ask(b"D") == b"OK"
+
+
+@pytest.mark.parametrize("machine", [Machine, Idling])
+def test_peer_that_does_not_read_holds_up_nobody(machine):
+    """Not the guest after it has gone, nor the end of the server, nor what another client is told."""
+    machine = machine()
+    with contextlib.ExitStack() as undo:
+        if isinstance(machine, Idling):
+            server = machine.server = undo.enter_context(DebugServer(machine))
+        else:
+            guest = undo.enter_context(Guest(machine))
+            server = guest.server
+        with deaf_client(server), Client(server.address) as other:
+            assert other.receive().startswith(b"E.")
+        if isinstance(machine, Idling):
+            assert machine.call(1) == [Resume.CONTINUE]
+        else:
+            guest.wait_until_it_runs()
+        with deaf_client(server):
+            server.close()
+
+
+def test_naks_are_answered_no_faster_than_they_are_read():
+    """Each of a few bytes asks for 8 KiB: what the peer has not taken is not made again."""
+    with Guest(Machine()) as guest, Client(guest.server.address) as client:
+        reply = client.ask(BIG)
+        for _ in range(100):
+            client.socket.sendall(b"-" * 1000)
+        unsent = guest.server._reader._unsent  # type: ignore[union-attr]
+        assert client.receive() == reply
+        assert len(unsent) < 64 * len(reply)
+
+
+def test_what_a_debugger_said_and_did_not_wait_for_is_void_when_it_has_gone():
+    """Nobody works for a debugger that is not there any more."""
+    machine = Machine()
+    noticed = threading.Semaphore(0)
+    machine.interrupt = noticed.release  # type: ignore[method-assign]
+    with DebugServer(machine) as server:
+        with Client(server.address) as client:
+            assert server.wait_for_client(TIMEOUT_S)
+            owner = start(server.entered)
+            assert client.ask(b"vCtrlC") == b"OK"  # the guest's thread has taken notice of it
+            client.send(b"c")
+            owner.join()
+            while noticed.acquire(blocking=False):
+                pass
+            for _ in range(20):
+                client.send(b"qCRC:1000,1000")
+            client.socket.shutdown(socket.SHUT_WR)
+            assert client.is_closed_by_peer()
+
+        def read(address: int, size: int) -> bytes:
+            raise AssertionError("somebody still works for it")
+
+        machine.read_memory = read  # type: ignore[method-assign]
+        assert server.attend() is Resume.CONTINUE
+        assert not server.attention
+
+
+def test_debugger_that_has_gone_before_it_was_noticed_leaves_nothing():
+    """However many they are while the guest's thread is in a host function."""
+    with DebugServer(Machine()) as server:
+        for _ in range(50):
+            with Client(server.address) as client:
+                client.send(b"k")
+                client.socket.shutdown(socket.SHUT_WR)
+                assert client.is_closed_by_peer()
+        assert not server.attention
+        assert server.entered() is Resume.CONTINUE
+
+
+def test_connection_for_which_there_is_no_fd_is_dropped_and_does_not_come_again(caplog):
+    """The server would otherwise be woken for it at once, for ever."""
+    with DebugServer(Machine()) as server:
+        host, _, port = server.address.rpartition(":")
+        unlucky, lucky = socket.socket(), socket.socket()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = max(map(int, os.listdir("/proc/self/fd")))
+        fillers = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 16, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(os.dup(0))
+            unlucky.settimeout(TIMEOUT_S)
+            unlucky.connect((host, int(port)))
+            assert unlucky.recv(1) == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for filler in fillers:
+                os.close(filler)
+        lucky.connect((host, int(port)))
+        assert server.wait_for_client(TIMEOUT_S)
+        unlucky.close()
+        lucky.close()
+    assert caplog.text.count("Too many open files") == 1
+
+
+def test_host_that_is_no_name_is_refused():
+    with pytest.raises(RspUsageError):
+        DebugServer(Machine(), "a" * 70 + ".example:0")
 
 
 # --- a guest that has nothing to do ------------------------------------------------------------------
-
-
-class Idling(Machine):
-    """A machine behind a lock, as a sandbox is: calls take it, and the server when there is no call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.Lock()
-        self.server: DebugServer | None = None
-
-    def try_acquire(self) -> bool:
-        return self.lock.acquire(blocking=False)
-
-    def release(self) -> None:
-        self.lock.release()
-
-    def call(self, steps: int) -> list[Resume]:
-        """Make a guest call of *steps* instructions; return how it was resumed."""
-        server = self.server
-        assert server is not None
-        actions: list[Resume] = []
-        try:
-            with self.lock:
-                try:
-                    self._call(server, steps, actions)
-                finally:
-                    server.left()
-        finally:
-            server.released()
-        return actions
-
-    def _call(self, server: DebugServer, steps: int, actions: list[Resume]) -> None:
-        actions.append(server.entered())
-        for _ in range(steps):
-            if actions[-1] is Resume.KILL:
-                break
-            stop = self.run(step=True)
-            if stop is None:
-                actions.append(server.attend())
-            elif actions[-1] is Resume.STEP or stop.reason is not Reason.STEP:
-                actions.append(server.stopped(stop))
 
 
 @pytest.fixture

@@ -797,6 +797,13 @@ def test_any_of_several_conditions_suffices(debugged, separator):
     assert debugged.machine.registers["rax"] == 7
 
 
+def test_number_of_conditions_is_bounded(debugged):
+    """All of them are evaluated at every pass, on the guest's thread."""
+    code = b";X3,220027"  # false
+    assert debugged.ask(b"Z0,%x,1" % LEAF + code * 16) == b"OK"
+    assert debugged.ask(b"Z0,%x,1" % LEAF + code * 17) == b"E16"
+
+
 def test_setting_again_replaces_the_conditions(debugged):
     debugged.ask(b"Z0,%x,1;%b" % (STORE, condition("220027")))
     debugged.ask(b"Z0,%x,1" % STORE)
