@@ -154,6 +154,11 @@ def need(name: str) -> None:
     pytest.skip(f"needs {name}: {reason}")
 
 
+def rounds(count: int) -> int:
+    """Return how many of *count* rounds to make on this machine: a twentieth where the processor is emulated."""
+    return count if missing("native_cpu") is None else count // 20
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("require"):
         need(*mark.args)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import process_resources, require
+from conftest import process_resources, require, rounds
 from elfwriter import Load, write_elf
 
 import hyperlight
@@ -327,7 +327,7 @@ def test_sandboxes_leak_nothing(
     """Issue 2, item 5: 1,000 created and dropped, with and without ``close()``; some in worse states."""
     life()
     *before, mappings_before = mappings_and_resources()
-    for _ in range(times):
+    for _ in range(rounds(times)):
         life()
     *after, mappings_after = mappings_and_resources()
     assert after == before

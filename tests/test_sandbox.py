@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import process_resources, require
+from conftest import process_resources, require, rounds
 
 import hyperlight
 from hyperlight import (
@@ -63,7 +63,7 @@ def test_creating_and_dropping_1000_sandboxes_leaks_nothing(snapshot: hyperlight
     live_once(0)
     gc.collect()
     before = process_resources()
-    for number in range(1000):
+    for number in range(rounds(1000)):
         live_once(number)
     assert process_resources() == before
 

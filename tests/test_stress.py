@@ -1,6 +1,7 @@
 """Interrupts, restores, snapshots and threads by the ten thousand: nothing lost, wrong or leaked (issue 3, item 2).
 
-Half of the tiny guests run at CPL 0, which KVM may emulate, and half at CPL 3, which it never does.
+An emulated processor makes a twentieth of the rounds. Half of the tiny guests run at CPL 0, which KVM may emulate, and
+half at CPL 3, which it never does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import process_resources, require
+from conftest import process_resources, require, rounds
 from tinyguest import ECHO, MEET_AND_SPIN, MEET_ONCE, WORK, sandbox_meeting, snapshot_of
 
 from hyperlight import (
@@ -67,7 +68,7 @@ class RandomKills:
     """Threads that take sandboxes from a common pool, call a guest that works for 10 ms, and kill some calls."""
 
     SANDBOXES = THREADS = 100
-    ITERATIONS = 500
+    ITERATIONS = rounds(500)
     KILL_PROBABILITY = 0.5
     MAX_KILL_DELAY_S = 0.015
     GUEST_PROBABILITY = 0.25
@@ -149,7 +150,7 @@ def test_random_kills_cancel_the_calls_that_they_target_and_no_others(no_leaks: 
 
 def test_kill_right_after_a_barrier_always_ends_an_endless_loop(no_leaks: None) -> None:
     """B.8/159: 50 threads, each with 500 endless calls and one killer who meets the guest in a host function."""
-    threads, iterations = 50, 500
+    threads, iterations = 50, rounds(500)
 
     def kill_every_call(barrier: threading.Barrier, handle: InterruptHandle) -> int:
         return sum(handle.kill() for _ in range(iterations) if barrier.wait(PATIENCE_S) >= 0)
@@ -259,7 +260,7 @@ class MovingLoop:
 
 def test_kill_finds_its_target_on_whatever_thread_and_never_the_bait(no_leaks: None) -> None:
     """B.8/160: 200 targets and baits, in all eight interleavings each."""
-    threads = 200
+    threads = rounds(200)
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(MovingLoop(number).run) for number in range(threads)]:
             done.result()
@@ -313,7 +314,7 @@ def test_10000_rounds_of_call_and_restore(sandbox: MultiUseSandbox) -> None:
     snapshots[1_000_000] = sandbox.snapshot()
     sandbox.restore(snapshots[base])
 
-    def rounds(count: int) -> None:
+    def repeat(count: int) -> None:
         nonlocal base
         for number in range(1, count + 1):
             assert sandbox.call("AddToStatic", number) == base + number
@@ -324,9 +325,9 @@ def test_10000_rounds_of_call_and_restore(sandbox: MultiUseSandbox) -> None:
                 base = 1_000_000 - base
             sandbox.restore(snapshots[base])
 
-    rounds(1000)
+    repeat(rounds(1000))
     before = Resources.now()
-    rounds(10_000)
+    repeat(rounds(10_000))
     before.assert_not_exceeded_by(Resources.now())
 
 
@@ -350,15 +351,15 @@ def test_1000_snapshots(sandbox: MultiUseSandbox) -> None:
                 with MultiUseSandbox.from_snapshot(start) as other:
                     assert other.call("GetStatic") == expected
 
-    take(100)
+    take(rounds(100))
     before = Resources.now()
-    take(1000)
+    take(rounds(1000))
     before.assert_not_exceeded_by(Resources.now())
 
 
 def test_200_sandboxes_in_10_threads() -> None:
     """Every thread calls every sandbox: no addition to a guest's counter is lost, none is answered twice."""
-    sandbox_count, thread_count, calls = 200, 10, 500
+    sandbox_count, thread_count, calls = 200, 10, rounds(500)
     with UninitializedSandbox("simpleguest") as uninitialized, uninitialized.evolve() as first:
         snapshot = first.snapshot()
 
