@@ -199,6 +199,8 @@ _guest_logger = logging.getLogger("hyperlight_guest")
 _logger.addHandler(logging.NullHandler())
 
 StrPath = typing.Union[str, "os.PathLike[str]"]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # ======================================================================================
 # Errors
@@ -941,7 +943,43 @@ class SandboxStatus(enum.Enum):
     """``close()`` only."""
 
 
-_READY = SandboxStatus.READY  # on the path of every call; a member of an enum is slow to look up
+_READY, _POISONED = SandboxStatus.READY, SandboxStatus.POISONED
+"""Members of an enum are slow to look up: that calls Python code."""
+
+def _one_at_a_time(
+    method: Callable[Concatenate[MultiUseSandbox, _P], _R],
+) -> Callable[Concatenate[MultiUseSandbox, _P], _R]:
+    """Let one thread at a time into *method* and its like; what leaves a guest half-way poisons its sandbox.
+
+    Ctrl-C, like whatever a thread can be sent, comes where a Python function begins or a C function has returned,
+    and may come anywhere: so nothing is called between taking the lock and the ``try``, nor in ``finally``
+    before the lock is free again. A context manager in Python, or a generator, could not promise that.
+    """
+
+    @functools.wraps(method)
+    def exclusively(self: MultiUseSandbox, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        thread = threading.get_ident()
+        if self._user == thread:
+            raise GuestFunctionCallAlreadyInProgress(
+                "this sandbox is waiting for the host function that uses it: return first, "
+                "or give the host function a sandbox of its own"
+            )
+        try:
+            with self._lock:
+                self._user = thread
+                try:
+                    return method(self, *args, **kwargs)
+                except kvm_abi.KvmError as error:
+                    raise KvmError(error) from error
+                finally:
+                    if not self._guest.at_rest and self._status is _READY:
+                        self._status = _POISONED
+                    self._user = None
+        finally:
+            if self._guest.debugger is not None:
+                self._guest.debugger.server.released()
+
+    return exclusively
 
 
 class MultiUseSandbox:
@@ -976,11 +1014,7 @@ class MultiUseSandbox:
             )
             self._guest = _Guest(snapshot, self._functions, interrupt, self._config)
             try:
-                self._acquire()
-                try:
-                    self._start(_files)
-                finally:
-                    self._leave()
+                self._start(_files)
             except BaseException:
                 self._disconnect()
                 self._guest.close()
@@ -1004,6 +1038,7 @@ class MultiUseSandbox:
         """
         return cls(snapshot, host_functions, config)
 
+    @_one_at_a_time
     def _start(self, files: Sequence[_FileMapping]) -> None:
         """Bring the guest to where it takes calls."""
         self._guest.core_dumps = self._config.guest_core_dump
@@ -1058,34 +1093,26 @@ class MultiUseSandbox:
         guest_function.__name__ = guest_function.__qualname__ = name
         return guest_function
 
+    @_one_at_a_time
     def _call(self, name: str, message: bytes, returns: WireType) -> Any:
         """Send the encoded call of *name* and return the value that comes back, which must be one of *returns*."""
+        self._check_usable()
         guest = self._guest
-        self._enter()
         try:
             self._snapshot = None
             result = memory.decode_function_call_result(guest.dispatch(name, message))
             if type(result) is memory.ReturnValue and result.type in returns.returns:
                 return result.value
             raise _unwelcome(result, returns, guest.host_failure)
-        except GuestFailure as failure:
-            self._status = SandboxStatus.POISONED
-            if isinstance(failure, ExecutionCanceledByHost):
-                metrics.guest_cancellations.increment()
-            raise
-        except HyperlightError:  # the message did not fit, or the answer was none: the guest itself is sane
-            raise
-        except kvm_abi.KvmError as error:
-            raise KvmError(error) from error
-        except BaseException:  # Ctrl-C, or whatever else left the guest half-way
-            self._status = SandboxStatus.POISONED
+        except ExecutionCanceledByHost:
+            metrics.guest_cancellations.increment()
             raise
         finally:
             guest.host_failure = None
-            self._leave()
 
     # -- host functions ----------------------------------------------------------------
 
+    @_one_at_a_time
     def register(
         self,
         name: str,
@@ -1094,23 +1121,25 @@ class MultiUseSandbox:
         returns: Any = inspect.Parameter.empty,
     ) -> None:
         """Offer *function* to the guest from now on; see ``UninitializedSandbox.register``."""
-        with self._exclusively():
-            self._functions.register(name, function, parameters, returns)
-            self._snapshot = self._fitting = None
+        self._check_usable()
+        self._functions.register(name, function, parameters, returns)
+        self._snapshot = self._fitting = None
 
     # -- snapshots ---------------------------------------------------------------------
 
+    @_one_at_a_time
     def snapshot(self) -> Snapshot:
         """Return the guest's state as it is now; the same object until a call or a mapping changes it.
 
         Raises ``PoisonedSandbox``; ``MemoryRequestTooSmall`` where its page tables would not fit into
         scratch; ``PageTableError`` where the guest's page tables make no sense.
         """
-        with self._exclusively():
-            if self._snapshot is None:
-                self._snapshot = self._guest.capture()
-            return self._snapshot
+        self._check_usable()
+        if self._snapshot is None:
+            self._snapshot = self._guest.capture()
+        return self._snapshot
 
+    @_one_at_a_time
     def restore(self, snapshot: Snapshot) -> None:
         """Put the guest back to *snapshot*, its own or another sandbox's; a poisoned sandbox is ready again.
 
@@ -1118,27 +1147,18 @@ class MultiUseSandbox:
         ``SnapshotMismatch``, ``SnapshotHostFunctionMismatch`` or ``MmapFailed`` before anything is touched;
         ``KvmError`` for what may be tried again, the sandbox being poisoned; ``UnrecoverableSandbox``.
         """
-        self._enter(poisoned_too=True)
+        self._check_usable(poisoned_too=True)
+        if snapshot is not self._fitting:
+            self._check_fit(snapshot)
+        ram = self._guest.ram_for(snapshot)
+        self._snapshot = None
         try:
-            if snapshot is not self._fitting:
-                self._check_fit(snapshot)
-            ram = self._guest.ram_for(snapshot)
-            self._status = SandboxStatus.POISONED
-            try:
-                self._guest.restore(ram)
-            except BaseException as error:  # Ctrl-C, too
-                if self._guest.has_memory:
-                    raise
-                self._status = SandboxStatus.UNRECOVERABLE
-                if not isinstance(error, kvm_abi.KvmError):
-                    raise
-                raise UnrecoverableSandbox from error
-            self._status = _READY
-            self._snapshot = snapshot
-        except kvm_abi.KvmError as error:
-            raise KvmError(error) from error
-        finally:
-            self._leave()
+            self._guest.restore(ram)
+        except _MemoryLost as error:
+            self._status = SandboxStatus.UNRECOVERABLE
+            raise UnrecoverableSandbox from error.__cause__
+        self._snapshot = snapshot
+        self._status = _READY
 
     def _check_fit(self, snapshot: Snapshot) -> None:
         """Raise where *snapshot* cannot be restored here; remember one that can."""
@@ -1150,18 +1170,20 @@ class MultiUseSandbox:
 
     # -- mappings ----------------------------------------------------------------------
 
+    @_one_at_a_time
     def map_region(self, gpa: int, region: SharedMemory, flags: MemoryRegionFlags) -> None:
         """Show *region* to the guest at guest-physical *gpa*, without entering it into page tables.
 
         The mapping must stay open until it is unmapped by ``restore()`` or ``close()``. *flags* may not
         have WRITE. Raises ``MapRegionError`` for an unaligned or overlapping range.
         """
-        with self._exclusively():
-            if MemoryRegionFlags.WRITE in flags:
-                raise MapRegionError("TODO: Writable mappings not yet supported")
-            self._guest.map_region(gpa, region, flags)
-            self._snapshot = None
+        self._check_usable()
+        if MemoryRegionFlags.WRITE in flags:
+            raise MapRegionError("TODO: Writable mappings not yet supported")
+        self._guest.map_region(gpa, region, flags)
+        self._snapshot = None
 
+    @_one_at_a_time
     def map_file_cow(self, path: StrPath, gpa: int, label: str | None = None) -> int:
         """Show the file at *path* to the guest at guest-physical *gpa*, read-only and executable.
 
@@ -1169,11 +1191,11 @@ class MultiUseSandbox:
         enters it into its page tables itself; a write is a ``MemoryAccessViolation``. *label* is
         checked as 0.14 does and not otherwise used. Raises ``MapRegionError``.
         """
-        with self._exclusively():
-            with _FileMapping(path, gpa, label) as file:
-                self._guest.map_file(file)
-            self._snapshot = None
-            return file.size
+        self._check_usable()
+        with _FileMapping(path, gpa, label) as file:
+            self._guest.map_file(file)
+        self._snapshot = None
+        return file.size
 
     # -- core dumps --------------------------------------------------------------------
 
@@ -1190,9 +1212,10 @@ class MultiUseSandbox:
         """As ``generate_crashdump``, into *directory*."""
         return self._dump(directory)
 
+    @_one_at_a_time
     def _dump(self, directory: StrPath | None) -> str | None:
-        with self._exclusively(poisoned_too=True):
-            return self._guest.dump(directory)
+        self._check_usable(poisoned_too=True)
+        return self._guest.dump(directory)
 
     def _dump_unless_busy(self, directory: StrPath | None) -> str | None:
         if not self._try_acquire():
@@ -1203,7 +1226,9 @@ class MultiUseSandbox:
             with _kvm_errors_in_tree():
                 return self._guest.dump(directory)
         finally:
-            self._leave()
+            self._give_back()
+            if self._guest.debugger is not None:
+                self._guest.debugger.server.released()
 
     # -- state -------------------------------------------------------------------------
 
@@ -1230,14 +1255,13 @@ class MultiUseSandbox:
         """Release the VM and its memory; a call in another thread is waited for. Idempotent."""
         if not self._closed and self._user != threading.get_ident():
             self._disconnect()
-        self._acquire()
-        try:
-            if not self._closed:
-                self._closed = True
-                self._snapshot = None
-                self._guest.close()
-        finally:
-            self._leave()
+        self._release()
+
+    @_one_at_a_time
+    def _release(self) -> None:
+        self._closed = True
+        self._snapshot = None
+        self._guest.close()
 
     def __enter__(self) -> MultiUseSandbox:
         return self
@@ -1251,24 +1275,8 @@ class MultiUseSandbox:
 
     # -- one user at a time ------------------------------------------------------------
 
-    def _acquire(self) -> None:
-        thread = threading.get_ident()
-        if self._user == thread:
-            raise GuestFunctionCallAlreadyInProgress(
-                "this sandbox is waiting for the host function that uses it: return first, "
-                "or give the host function a sandbox of its own"
-            )
-        self._lock.acquire()
-        self._user = thread
-
-    def _leave(self) -> None:
-        self._user = None
-        self._lock.release()
-        if self._guest.debugger is not None:
-            self._guest.debugger.server.released()
-
     def _try_acquire(self) -> bool:
-        """Take the sandbox for the debugger's thread, if nobody uses it."""
+        """Take the sandbox for this thread, if nobody uses it."""
         if not self._lock.acquire(blocking=False):
             return False
         self._user = threading.get_ident()
@@ -1279,29 +1287,15 @@ class MultiUseSandbox:
         self._user = None
         self._lock.release()
 
-    def _enter(self, *, poisoned_too: bool = False) -> None:
-        self._acquire()
-        if self._status is _READY and not self._closed:
+    def _check_usable(self, *, poisoned_too: bool = False) -> None:
+        if self._closed:
+            raise SandboxClosed("the sandbox is closed")
+        if self._status is _READY:
             return
-        try:
-            if self._closed:
-                raise SandboxClosed("the sandbox is closed")
-            if self._status is SandboxStatus.UNRECOVERABLE:
-                raise UnrecoverableSandbox
-            if self._status is SandboxStatus.POISONED and not poisoned_too:
-                raise PoisonedSandbox
-        except BaseException:
-            self._leave()
-            raise
-
-    @contextlib.contextmanager
-    def _exclusively(self, *, poisoned_too: bool = False) -> Iterator[None]:
-        self._enter(poisoned_too=poisoned_too)
-        try:
-            with _kvm_errors_in_tree():
-                yield
-        finally:
-            self._leave()
+        if self._status is SandboxStatus.UNRECOVERABLE:
+            raise UnrecoverableSandbox
+        if not poisoned_too:
+            raise PoisonedSandbox
 
 
 @contextlib.contextmanager
@@ -1415,15 +1409,18 @@ class InterruptHandle:
     """Ends a guest call from any thread; outlives the sandbox.
 
     ``immediate_exit`` in the kvm_run page closes the window in which a signal would land just before
-    KVM_RUN, so one signal is enough. The lock is taken by no signal handler, and a signal is sent only
-    while it is held and a call is in progress: a stale kick can hit no other call (design.md 4).
+    KVM_RUN, so one signal is enough. It is sent only while the lock is held and a call is in progress: a stale
+    kick can hit no other call (design.md 4).
+
+    A thread that has made a call does not block that signal any more, whatever mask it inherited.
     """
 
     def __init__(self, signal_number: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # Python's handler of another signal may interrupt its holder, and kill
         self._signal = signal_number
         self._thread: int | None = None  # that of the call in progress
         self._canceled = False
+        self._has_signaled = False
         self._dropped = False
         self._page: memoryview | None = None
         _install_kick_handler(signal_number)
@@ -1466,20 +1463,40 @@ class InterruptHandle:
 
     def _kick(self) -> None:
         assert self._page is not None and self._thread is not None
-        if not self._page[_IMMEDIATE_EXIT]:  # one signal does it; more would fill the kernel's queue
-            self._page[_IMMEDIATE_EXIT] = 1
+        if self._page[_IMMEDIATE_EXIT] and self._has_signaled:  # one does it; more would fill the kernel's queue
+            return
+        self._has_signaled = False
+        self._page[_IMMEDIATE_EXIT] = 1
+        try:
             signal.pthread_kill(self._thread, self._signal)
+        except OSError as error:
+            raise HyperlightError(
+                f"the guest's thread cannot be sent a signal: {error.strerror} (see RLIMIT_SIGPENDING); "
+                "the call ends when the guest next needs the host"
+            ) from error
+        self._has_signaled = True
 
     def _begin(self) -> None:
-        """A call begins in this thread. Needs no lock, in this order: `kill` looks at the thread first."""
+        """A call begins in this thread; `_run` tells of its end.
+
+        Needs no lock, in this order: `kill` looks at the thread first.
+        """
+        assert self._page is not None
+        if self._signal not in _unblocked.signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {self._signal})
+            _unblocked.signals |= {self._signal}
+        self._page[_IMMEDIATE_EXIT] = 0  # a kick that came with the end of the last call
         self._canceled = False
         self._thread = threading.get_ident()
 
-    def _end(self) -> None:
-        with self._lock:
-            self._thread = None
-            if self._page is not None:
-                self._page[_IMMEDIATE_EXIT] = 0
+
+class _Unblocked(threading.local):
+    """The signals that a thread is known not to block."""
+
+    signals: frozenset[int] = frozenset()
+
+
+_unblocked = _Unblocked()
 
 
 def _install_kick_handler(signal_number: int) -> None:
@@ -1708,6 +1725,10 @@ def _text_of(error: Exception) -> str:
         return type(error).__name__
 
 
+class _MemoryLost(Exception):
+    """Replacing a VM's memory failed half-way; the cause is chained."""
+
+
 _PIT_PORTS = range(0x40, 0x44)
 """Where a guest that programs the interrupt controllers may write to a timer that is not there (abi.md 6.6)."""
 
@@ -1741,6 +1762,8 @@ class _Guest:
         self.debugger: _Debugger | None = None
         self.activity = "idle"
         """What the guest is doing, in words."""
+        self.at_rest = True
+        """Not in the middle of anything: not of a call, nor of a change to its memory or registers."""
         self.core_dumps: bool | StrPath | None = None
         """``SandboxConfiguration.guest_core_dump``."""
         self._fault: tuple[int, Mapping[str, int]] | None = None
@@ -1757,7 +1780,9 @@ class _Guest:
         self.host_failure: BaseException | None = None
         self._reset_to: Snapshot | None = None  # that the VM is prepared for
         self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
-        self._files: dict[int, SharedMemory] = {}
+        self._files: list[SharedMemory] = []
+        self._shown: _Ram | None = None
+        """What is all the memory of the VM, for sure."""
         with contextlib.ExitStack() as undo:
             ram = _Ram(snapshot)
             undo.callback(ram.close)
@@ -1784,8 +1809,7 @@ class _Guest:
         self.interrupt._detach()
         self.vm.close()
         self._ram.close()
-        for mapping in self._files.values():
-            mapping.close()
+        self._close_files()
 
     def observe(
         self, trace: Callable[[TraceRecord], None] | None, memory_profile: Callable[[MemoryEvent], None] | None
@@ -1846,13 +1870,20 @@ class _Guest:
         Raises a ``GuestFailure`` where the run ends badly, and ``IoStackError`` where the message or
         the result is the trouble, not the guest.
         """
+        self.at_rest = False
+        try:
+            self._begin_call(message)
+        except IoStackError:  # and nothing was sent
+            self.at_rest = True
+            raise
         self.activity = name
-        self._begin_call(message)
         if self.debugger is not None:
             self._begin_again = functools.partial(self._begin_call, message)
         begin = time.perf_counter_ns() if metrics.durations else 0
+        has_halted = False
         try:
             self._run()
+            has_halted = True
             return self._ram.output.pop()
         except BaseException:
             self._drain()
@@ -1860,7 +1891,7 @@ class _Guest:
         finally:
             self._abort_bytes.clear()
             self._entry_registers = self._next_entry_registers
-            self.activity, self._begin_again = "idle", None
+            self.activity, self._begin_again, self.at_rest = "idle", None, has_halted
             if begin:
                 metrics.guest_call_duration.observe((time.perf_counter_ns() - begin) / 1e9, function_name=name)
 
@@ -1884,6 +1915,7 @@ class _Guest:
             self._ram.reset()
             self.vm.load_sregs(_sregs_of(self.snapshot))
         if self._begin_again is not None:
+            self.at_rest = False
             self._begin_again()
 
     def _set_entry(self, rip: int, rsp: int, *, restored: bool = False) -> None:
@@ -1928,9 +1960,9 @@ class _Guest:
         Raises a ``GuestFailure`` for every other end, with the vCPU's registers in it.
         """
         self.host_failure = self._fault = None
-        debugger, tracer, timer = self.debugger, self._tracer, self.vm.platform.timer
-        self.interrupt._begin()
+        interrupt, debugger, tracer = self.interrupt, self.debugger, self._tracer
         try:
+            interrupt._begin()
             if debugger is not None:
                 debugger.entered()
             if tracer is not None:
@@ -1947,13 +1979,16 @@ class _Guest:
                     if not self._explain(refusal):
                         raise refusal from error
         finally:
-            if timer is not None:
-                timer.stop()
-            if tracer is not None:
-                tracer.left(self.activity)
-            if debugger is not None:
-                debugger.left()
-            self.interrupt._end()
+            try:
+                if self.vm.platform.timer is not None:
+                    self.vm.platform.timer.stop()
+                if tracer is not None:
+                    tracer.left(self.activity)
+                if debugger is not None:
+                    debugger.left()
+            finally:  # here and not in a function, which Ctrl-C could keep from beginning
+                with interrupt._lock:
+                    interrupt._thread = None
 
     def _serve_until_halt(self) -> None:
         vm, ports, debugger = self.vm, self._ports, self.debugger
@@ -2190,21 +2225,25 @@ class _Guest:
     def map_region(self, gpa: int, mapping: SharedMemory, flags: MemoryRegionFlags) -> None:
         """Show *mapping* to the guest at *gpa*. Raises ``MapRegionError``."""
         _check_region(gpa, mapping.size, [(region.gpa, region.end) for region in self.physical.regions()])
-        self.vm.map(gpa, mapping, writable=False)
+        self._shown, self.at_rest = None, False
+        try:
+            self.vm.map(gpa, mapping, writable=False)
+        except kvm_abi.KvmError:
+            self.at_rest = True
+            raise
         self.physical.add(gpa, mapping, flags, holds_tables=False)
         self._regions[gpa] = (mapping, flags)
+        self.at_rest = True
 
     def map_file(self, file: _FileMapping) -> None:
         """Show *file* to the guest and own its mapping from then on. Raises ``MapRegionError``."""
         self.map_region(file.gpa, file.mapping, file.FLAGS)
-        self._files[file.gpa] = file.take()
+        self._files.append(file.take())
 
-    def _unmap_region(self, gpa: int) -> None:
-        self.vm.unmap(gpa)
-        self.physical.remove(gpa)
-        del self._regions[gpa]
-        if gpa in self._files:
-            self._files.pop(gpa).close()
+    def _close_files(self) -> None:
+        while self._files:
+            self._files[-1].close()
+            self._files.pop()
 
     # -- snapshot and restore ----------------------------------------------------------
 
@@ -2244,16 +2283,38 @@ class _Guest:
     def restore(self, ram: _Ram) -> None:
         """Put memory, mappings and vCPU back to the snapshot for which ``ram_for`` returned *ram* (abi.md 5.8).
 
-        Where it fails without ``has_memory``, the VM is beyond repair.
+        Raises ``_MemoryLost`` where the VM may be left without its memory.
         """
-        for gpa in tuple(self._regions):  # first: the memory's view that knows them may be replaced
-            self._unmap_region(gpa)
+        self.at_rest = False
         if ram is self._ram:
             ram.reset()
-        else:
-            self._replace_ram(ram)
+        if ram is not self._shown:
+            self._show(ram)
         self._generation = ram.snapshot.generation
         self._reset(ram.snapshot)
+        self.at_rest = True
+
+    def _show(self, ram: _Ram) -> None:
+        """Make *ram* all the memory of the VM; what an interrupted call left undone, the next one does."""
+        self._shown = None
+        self.vm.unmap_all_but([*self._ram.slots(), *ram.slots()])
+        try:
+            self.vm.unmap_all_but(ram.slots())
+            for slot in ram.slots():
+                self.vm.map(*slot)
+        except kvm_abi.KvmError as error:
+            raise _MemoryLost from error
+        self._regions.clear()
+        self._close_files()
+        if ram is not self._ram:
+            self._ram.close()
+        self._adopt(ram)
+
+    def _adopt(self, ram: _Ram) -> None:
+        """Take *ram*, which is all that the VM has, as the guest's."""
+        self._ram, self.snapshot, self.physical = ram, ram.snapshot, ram.physical_view()
+        self._resets_fpu_for_guest = not ram.snapshot.elf.privilege.resets_fpu
+        self._shown = ram
 
     def _reset(self, snapshot: Snapshot) -> None:
         """Put the vCPU where *snapshot*, of an initialised guest, left it."""
@@ -2265,26 +2326,6 @@ class _Guest:
         self.vm.reset(self._ram.translations_are_stale)
         self._ram.translations_are_stale = False
         self._set_entry(snapshot.entry, snapshot.stack_top, restored=True)
-
-    def _replace_ram(self, ram: _Ram) -> None:
-        """Exchange both memories of the VM for *ram*."""
-        self.has_memory = False  # until it has all of the new
-        try:
-            for gpa, _, _ in self._ram.slots():
-                self.vm.unmap(gpa)
-            for slot in ram.slots():
-                self.vm.map(*slot)
-        except BaseException:
-            ram.close()
-            raise
-        self._ram.close()
-        self._adopt(ram)
-
-    def _adopt(self, ram: _Ram) -> None:
-        """Take *ram*, which the VM has, as the guest's."""
-        self._ram, self.snapshot, self.has_memory = ram, ram.snapshot, True
-        self.physical = ram.physical_view()
-        self._resets_fpu_for_guest = not ram.snapshot.elf.privilege.resets_fpu
 
 
 # Members of an enum are slow to look up, and these are on the path of every exit.
@@ -3158,6 +3199,18 @@ _RFLAGS_AT_ENTRY = 2
 """Bit 1 of rflags is always set."""
 
 
+@dataclasses.dataclass
+class _Slot:
+    """A memory slot of a VM. It exists before KVM knows of it and until KVM has forgotten it.
+
+    So whatever interrupts a change, even Ctrl-C, a VM never has memory that the host has given away.
+    """
+
+    number: int
+    mapping: SharedMemory
+    is_certain: bool = False
+
+
 class _VirtualMachine:
     """A KVM VM with one vCPU, as the ABI wants it (abi.md 6). ``page`` is its kvm_run page."""
 
@@ -3169,8 +3222,7 @@ class _VirtualMachine:
         timer: bool = False,
         msrs: tuple[int, ...] | None = None,
     ) -> None:
-        self._slots: dict[int, int] = {}
-        self._free_slots: list[int] = []
+        self._slots: dict[int, _Slot] = {}
         self._loaded = b""  # the registers in the kvm_run page
         with contextlib.ExitStack() as undo:
             kvm = undo.enter_context(_open_kvm())
@@ -3203,22 +3255,36 @@ class _VirtualMachine:
     # -- memory slots --
 
     def map(self, gpa: int, mapping: SharedMemory, writable: bool) -> None:
-        """Put *mapping* at *gpa* for the guest to read, execute and, if *writable*, write."""
-        slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+        """Put *mapping* at *gpa* for the guest to read, execute and, if *writable*, write; unless it is there."""
+        if gpa in self._slots:
+            return
+        number = min({*range(len(self._slots) + 1)} - {slot.number for slot in self._slots.values()})
         flags = kvm_abi.MemFlag(0) if writable else kvm_abi.MemFlag.READONLY
+        slot = self._slots[gpa] = _Slot(number, mapping)
         try:
             mapping.with_hva(
-                lambda hva: self._vm.set_user_memory_region(slot, flags, gpa, mapping.size, hva)
+                lambda hva: self._vm.set_user_memory_region(number, flags, gpa, mapping.size, hva)
             )
-        except BaseException:
-            self._free_slots.append(slot)
+        except kvm_abi.KvmError:
+            del self._slots[gpa]
             raise
-        self._slots[gpa] = slot
+        slot.is_certain = True
 
-    def unmap(self, gpa: int) -> None:
-        """Take away the mapping that was put at *gpa*."""
-        self._vm.set_user_memory_region(self._slots[gpa], kvm_abi.MemFlag(0), gpa, 0, 0)
-        self._free_slots.append(self._slots.pop(gpa))
+    def unmap_all_but(self, slots: Sequence[tuple[int, SharedMemory, bool]]) -> None:
+        """Take away every mapping that is not one of *slots*, or may not be there."""
+        kept = [mapping for _, mapping, _ in slots]
+        for gpa, slot in list(self._slots.items()):
+            if not slot.is_certain or not any(slot.mapping is mapping for mapping in kept):
+                self._unmap(gpa, slot)
+
+    def _unmap(self, gpa: int, slot: _Slot) -> None:
+        was_certain, slot.is_certain = slot.is_certain, False
+        try:
+            self._vm.set_user_memory_region(slot.number, kvm_abi.MemFlag(0), gpa, 0, 0)
+        except kvm_abi.KvmError as error:
+            if was_certain or error.errno != errno.EINVAL:  # which is what it says where there is nothing
+                raise
+        del self._slots[gpa]
 
     # -- registers --
 
@@ -3320,10 +3386,12 @@ class _VirtualMachine:
         unmapped memory writes its register and moves RIP. An access may take several exits, of 8 bytes each.
         """
         self.page[_IMMEDIATE_EXIT] = 1
-        for _ in range(_MAX_EXITS_OF_AN_ACCESS):
-            if self.vcpu.run():
-                break
-        self.page[_IMMEDIATE_EXIT] = 0
+        try:
+            for _ in range(_MAX_EXITS_OF_AN_ACCESS):
+                if self.vcpu.run():
+                    break
+        finally:
+            self.page[_IMMEDIATE_EXIT] = 0
 
     def reset_fpu(self) -> None:
         """Put x87 and SSE registers back, as at each call (abi.md 6.4)."""
@@ -3882,10 +3950,6 @@ def _refusable(method: Callable[Concatenate[_DebugTarget, _P], _R]) -> Callable[
             raise self._rsp.TargetError(str(error), errno.EINVAL) from error
 
     return checked
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 class _DebugTarget:
