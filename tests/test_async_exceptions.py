@@ -220,7 +220,7 @@ def test_restore_of_another_snapshot(subject: Subject) -> None:
         assert subject.sandbox.call(ADD, Long(1)) == wanted + 1
 
     wanted = next(turns)
-    interrupt_everywhere(restore, check, may_lose=4)
+    interrupt_everywhere(restore, check, may_lose=8)
 
 
 def test_snapshot(subject: Subject) -> None:
@@ -277,12 +277,12 @@ def test_close(other_thread: ThreadPoolExecutor) -> None:
             subjects[0].call(ECHO, Long(1))
         subjects[0] = sandbox_meeting(snapshot_of(True))
 
-    interrupt_everywhere(close, check, may_lose=4)
+    interrupt_everywhere(close, check, may_lose=8)
     close()
 
 
 def test_creation_from_a_snapshot() -> None:
-    interrupt_everywhere(lambda: sandbox_meeting(snapshot_of(True)).close(), may_lose=8, step=5)
+    interrupt_everywhere(lambda: sandbox_meeting(snapshot_of(True)).close(), may_lose=12, step=5)
 
 
 def test_creation_from_an_elf() -> None:
