@@ -506,7 +506,6 @@ def test_event_that_is_not_json_is_refused(capsys: pytest.CaptureFixture[str]) -
 class TestDebugger:
     pytestmark = needs_real_guests
 
-    @pytest.mark.parametrize("js_snapshot", booted_as(["0.14.0", "0.17.0"]), indirect=True)
     def test_gdb_stops_at_a_named_function_and_shows_a_backtrace(self, js_snapshot: Snapshot, tmp_path: Path) -> None:
         commands = ["break JS_CallInternal", "continue", "backtrace 2", "delete", "detach"]
         sessions: list[subprocess.Popen[str]] = []
