@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from conftest import REPOSITORY, missing, require
+from conftest import KERNEL_GUESTS, REPOSITORY, missing, require
 
 import hyperlight
 from gdb_rsp import Packet, PacketDecoder, encode
@@ -45,14 +45,35 @@ from memory import GuestElf, MemoryRegionFlags, SharedMemory
 pytestmark = require("kvm")
 
 TIMEOUT_S = 120  # only ever used up by a failure
-GUEST = REPOSITORY / "guests" / "bin" / "simpleguest"
+GUESTS = {"user": REPOSITORY / "guests" / "bin" / "simpleguest", "kernel": KERNEL_GUESTS / "simpleguest"}
+KERNEL_MODE_ON_A_REAL_CPL0 = pytest.param("kernel", marks=require("real_cpl0"))
+USER_MODE_ON_AN_EMULATED_CPL0 = pytest.param("user", marks=require("emulated_cpl0"))
+in_both_modes = pytest.mark.parametrize("guest", list(GUESTS), indirect=True)
 NOWHERE = ULong(0x7000_0000_0000)
 REGISTERS = ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "eflags"]
 
 
+@pytest.fixture(params=list(GUESTS) if missing("real_cpl0") else ["kernel"], autouse=True)
+def guest(request: pytest.FixtureRequest) -> Path:
+    """Run a test with the same guest built for either kind of privilege.
+
+    Where KVM reports debug events from both alike, one will do, except for the tests that are `in_both_modes`.
+    """
+    global GUEST
+    GUEST = GUESTS[request.param]
+    return GUEST
+
+
+GUEST = Path()
+
+
 @functools.cache
+def _parsed(guest: Path) -> GuestElf:
+    return GuestElf.parse(guest.read_bytes())
+
+
 def elf() -> GuestElf:
-    return GuestElf.parse(GUEST.read_bytes())
+    return _parsed(GUEST)
 
 
 def gva_of(symbol: str) -> int:
@@ -288,6 +309,7 @@ def registers_in(text: str) -> dict[str, str]:
 # --- symbols, breakpoints, steps -------------------------------------------------------------------------
 
 
+@in_both_modes
 @require("gdb")
 def test_gdb_finds_symbols_breaks_steps_and_finishes() -> None:
     """B.14/240, F.13/13: symbols without arguments, break by name, backtrace, next, step, finish; both end well."""
@@ -313,7 +335,7 @@ def test_gdb_finds_symbols_breaks_steps_and_finishes() -> None:
         assert debuggee.result() == [7, 7]
     assert "Reading symbols from target:" in connected and "entrypoint ()" in connected
     assert re.search(r"Breakpoint 1, hyperlight_main \(\)", main)
-    assert "hyperlight_main" in main_trace and "initialise ()" in main_trace
+    assert "hyperlight_main" in main_trace and re.search(r"(initialise|entrypoint) \(\)", main_trace)
     assert "register_" in step
     assert "Run till exit" in finish or "hyperlight_main" in finish
     assert re.search(r"Breakpoint 2, _call_set_static \(function_call=0x", stop)
@@ -327,7 +349,7 @@ def test_gdb_finds_symbols_breaks_steps_and_finishes() -> None:
 def test_command_line_serves_the_real_gdb(tmp_path: Path) -> None:
     """B.14/240: over a Unix socket, from the command line; both processes end with 0."""
     address = tmp_path / "gdb.sock"
-    command = [sys.executable, "-m", "hyperlight", "gdb", "--listen", f"unix:{address}", "simpleguest", "Echo", "hi"]
+    command = [sys.executable, "-m", "hyperlight", "gdb", "--listen", f"unix:{address}", str(GUEST), "Echo", "hi"]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -352,7 +374,7 @@ def test_command_line_serves_the_real_gdb(tmp_path: Path) -> None:
 @require("gdb")
 def test_gdb_starts_the_guest_at_the_other_end_of_a_pipe() -> None:
     """Issue 4: ``target remote | hyperlight gdb --stdio``."""
-    pipe = f"| {sys.executable} -m hyperlight gdb --stdio simpleguest Add 1 41"
+    pipe = f"| {sys.executable} -m hyperlight gdb --stdio {GUEST} Add 1 41"
     output = gdb(pipe, "break _call_add", "continue", "backtrace", "delete", "continue")
     assert "Breakpoint 1, _call_add" in output[2] and "hl_runtime_dispatch" in output[3]
     assert "exited normally" in output[5]
@@ -614,50 +636,47 @@ def test_what_the_debugger_changes_between_calls_is_in_the_next_snapshot() -> No
 
 
 @require("gdb")
-@require("real_cpl0")
+@pytest.mark.parametrize("guest", [KERNEL_MODE_ON_A_REAL_CPL0, USER_MODE_ON_AN_EMULATED_CPL0], indirect=True)
 def test_avx_registers_of_running_code() -> None:
-    """F.13/2: of a guest that enables AVX while the debugger looks on; read, written, and used by the code."""
-    program = (
+    """F.13/2: read, written, and used by the code; the guest enables AVX with the debugger connected, if it must."""
+    enable = (
         "0f20e0 0d00000400 0f22e0"  # mov %cr4, %rax; or $OSXSAVE, %eax; mov %rax, %cr4
-        "31c9 31d2 b807000000 0f01d1"  # XCR0 = x87, SSE, AVX
-        "c5f576c9"  # vpcmpeqd %ymm1, %ymm1, %ymm1
-        "cc"  # int3
-        "c5fd6fd1"  # vmovdqa %ymm1, %ymm2
-        "cc"
+        "31c9 31d2 b807000000 0f01d1"  # xsetbv: XCR0 = x87, SSE, AVX
     )
-    code = bytes.fromhex(program)
+    compare = bytes.fromhex("c5f576c9")  # vpcmpeqd %ymm1, %ymm1, %ymm1
+    copy = bytes.fromhex("c5fd6fd1")  # vmovdqa %ymm1, %ymm2
+    code = (b"" if GUEST is GUESTS["user"] else bytes.fromhex(enable)) + compare
     with debugged(calling("GetStatic")) as debuggee:
         output = gdb(
             debuggee.address,
             "break _call_get_static",
             "continue",
-            "delete",
+            *(f"set var ((unsigned char *)$pc)[{offset}] = {byte}" for offset, byte in enumerate(code + copy)),
+            f"break *($pc + {len(code)})",
             "p $ymm1.v8_int32",
-            *(f"set var *(unsigned char *)($pc + {offset}) = {byte}" for offset, byte in enumerate(code)),
             "continue",
             "p/x $ymm1.v8_int32",
             "set var $ymm1.v8_int32[5] = 0x12345678",
             "p/x $ymm1.v8_int32",
-            "set var $pc = $pc + 1",
-            "continue",
+            "stepi",
             "p/x $ymm2.v8_int32",
             "p/x $xmm2.v4_int32",
             "kill",
         )
         with pytest.raises(EndedByDebugger):
             debuggee.result()
-    values = [text.rpartition(" = ")[2] for text in output]
-    ran = 5 + len(code)
-    ones = "0xffffffff"
-    assert values[4] == "{0, 0, 0, 0, 0, 0, 0, 0}"
-    assert "SIGTRAP" in output[ran] and values[ran + 1] == f"{{{', '.join([ones] * 8)}}}"
-    changed = f"{{{ones}, {ones}, {ones}, {ones}, {ones}, 0x12345678, {ones}, {ones}}}"
-    assert values[ran + 3] == changed
-    assert "SIGTRAP" in output[ran + 5] and values[ran + 6 : ran + 8] == [changed, f"{{{ones}, {ones}, {ones}, {ones}}}"]
+    before, stop, compared, _, changed, _, copied, lower, _ = output[-9:]
+    ones = ["0xffffffff"] * 8
+    assert before.endswith("= {0, 0, 0, 0, 0, 0, 0, 0}") and "Breakpoint 2" in stop
+    assert compared.endswith(f"= {{{', '.join(ones)}}}")
+    ones[5] = "0x12345678"
+    for shown in (changed, copied):
+        assert shown.endswith(f"= {{{', '.join(ones)}}}")
+    assert lower.endswith(f"= {{{', '.join(ones[:4])}}}")
 
 
 @require("gdb")
-@require("real_cpl0")
+@pytest.mark.parametrize("guest", ["user", KERNEL_MODE_ON_A_REAL_CPL0], indirect=True)
 def test_sse_registers_of_running_code() -> None:
     """B.14/241: xmm1 before and after the instruction that sets it."""
     with debugged(calling("UseSse")) as debuggee:
@@ -762,6 +781,7 @@ def test_malformed_packets_do_not_end_the_connection() -> None:
 # --- what the debug registers can do ----------------------------------------------------------------------
 
 
+@in_both_modes
 @require("real_cpl0")
 @require("gdb")
 def test_watchpoints_stop_at_the_access() -> None:
@@ -848,6 +868,7 @@ def test_guests_own_int3_is_shown_and_then_handled_by_the_guest() -> None:
 # --- Ctrl-C ----------------------------------------------------------------------------------------------
 
 
+@in_both_modes
 @require("gdb")
 def test_ctrl_c_stops_a_spinning_guest_and_the_same_call_goes_on(packets: PacketLog) -> None:
     """F.13/3: SIGINT stop, continue, stop again; a kill() by the host then cancels the call."""
@@ -1007,6 +1028,7 @@ CRASHES = {
 }
 
 
+@in_both_modes
 @require("gdb")
 @pytest.mark.parametrize("crash", CRASHES)
 def test_crash_stops_with_a_backtrace_and_the_true_error_comes_back(crash: str) -> None:
@@ -1038,9 +1060,13 @@ def test_crash_stops_with_a_backtrace_and_the_true_error_comes_back(crash: str) 
     assert (caught.value.code, caught.value.vector) == (expected.value.code, expected.value.vector)
 
 
-@functools.cache
 def undebugged_snapshot() -> hyperlight.Snapshot:
-    with UninitializedSandbox(str(GUEST)) as uninitialized, uninitialized.evolve() as sandbox:
+    return _undebugged_snapshot(GUEST)
+
+
+@functools.cache
+def _undebugged_snapshot(guest: Path) -> hyperlight.Snapshot:
+    with UninitializedSandbox(str(guest)) as uninitialized, uninitialized.evolve() as sandbox:
         return sandbox.snapshot()
 
 
