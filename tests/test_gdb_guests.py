@@ -23,9 +23,12 @@ from typing import Any, TypeVar
 
 import pytest
 from conftest import KERNEL_GUESTS, REPOSITORY, missing, require
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_gdb_session import ANY_PACKET, CONSOLE, SILENT
 
 import hyperlight
-from gdb_rsp import Packet, PacketDecoder, encode
+from gdb_rsp import Packet, PacketDecoder, Session, State, Stop, encode
 from hyperlight import (
     DebugInfo,
     DebugServerError,
@@ -589,6 +592,33 @@ def test_no_value_of_a_register_breaks_anything() -> None:
         assert debuggee.result() == 0
 
 
+_MONITOR = st.sampled_from(["regs", "sregs", "msr", "cpuid", "pt", "layout", "exits", "snapshot", "restore", "phys", "trace", "help"])
+_MONITOR_ARGUMENTS = st.sampled_from(["", "0", "0x1000", "-1", "0x" + "f" * 17, "on", "off", "nonsense", "\udc80"])
+_MONITOR_PACKET = st.tuples(_MONITOR, _MONITOR_ARGUMENTS).map(
+    lambda words: b"qRcmd," + " ".join(words).encode("utf-8", "surrogateescape").hex().encode()
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(ANY_PACKET, _MONITOR_PACKET), max_size=20))
+def test_no_packets_break_a_real_guests_target_and_a_restore_mends_all(packets: list[bytes]) -> None:
+    """F.13/15: exactly one reply to each, whatever registers and memory have become."""
+    with MultiUseSandbox.from_snapshot(undebugged_snapshot()) as sandbox:
+        sandbox._guest.vm.use_ioctls_for_registers()
+        session = Session(hyperlight._DebugTarget(sandbox, sandbox._guest))
+        for packet in packets:
+            replies = [reply for reply in session.handle(packet) if not CONSOLE.fullmatch(reply)]
+            stop_reply_too = packet == b"vCtrlC" and len(replies) == 2
+            assert len(replies) == 1 or stop_reply_too or (not replies and SILENT.match(packet))
+            if session.state is State.RUNNING:
+                session.resume()
+                session.stopped(Stop())
+        session.detach()
+        sandbox.restore(undebugged_snapshot())
+        assert sandbox.call("GetStatic") == 0
+        assert sandbox.call("ReadMemory", ULong(hyperlight.BASE_ADDRESS), ULong(4096)) == elf().load()[:4096]
+
+
 @pytest.mark.parametrize("register", ["rip", "rsp"])
 def test_guest_sent_astray_fails_and_can_be_restored(register: str) -> None:
     """F.13/5: whatever the debugger does to a guest is the guest's trouble, not the host's."""
@@ -825,7 +855,7 @@ def test_four_debug_registers_are_shared() -> None:
         assert debuggee.result() == [0]
 
 
-@pytest.mark.skipif(missing("real_cpl0") is None, reason="debug registers work here")
+@require("emulated_cpl0")
 @require("gdb")
 def test_debug_registers_that_do_not_work_are_refused() -> None:
     """F.13/6: and gdb watches by stepping, when told to."""
