@@ -268,9 +268,9 @@ def test_kill_finds_its_target_on_whatever_thread_and_never_the_bait(no_leaks: N
 
 # -- leaks ---------------------------------------------------------------------------------
 
-MAX_GROWTH = 4 << 20
+MAX_GROWTH = 8 << 20
 """Bytes of memory by which a repetition of the same work may differ: CPython's and malloc's arenas are not
-given back at once. One page lost in each of 1,000 rounds would be as much again."""
+given back at once. One page lost in each of 2,000 rounds would be as much again."""
 MAX_NEW_MAPPINGS = 32
 """The same for mappings: such an arena or the stack of a thread is one."""
 
