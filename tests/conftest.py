@@ -62,6 +62,10 @@ def _lacks_native_cpu() -> str | None:
     return "the processor is emulated" if "QEMU TCG" in Path("/proc/cpuinfo").read_text() else None
 
 
+def _lacks_avx() -> str | None:
+    return None if " avx " in Path("/proc/cpuinfo").read_text() else "the processor has no AVX"
+
+
 def _lacks_musl() -> str | None:
     import hyperlight
 
@@ -111,6 +115,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "timer_interrupts": _lacks_timer_interrupts,
     "msr_filter": _lacks_msr_filter,
     "native_cpu": _lacks_native_cpu,
+    "avx": _lacks_avx,
     "gcc": _lacks_program("gcc"),
     "gdb": _lacks_program("gdb"),
     "lldb": _lacks_program("lldb"),
@@ -168,18 +173,28 @@ PRIVILEGES = ("user", "kernel", "unaware")
 
 
 @contextlib.contextmanager
+def unaware_of_user_mode(really: bool) -> Iterator[None]:
+    """Have this host skip the privilege note of the guests it loads, as other hosts do."""
+    import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        if really:
+            patch.setattr("memory._read_privilege", lambda *_: memory.PrivilegeNote())
+            patch.setattr("hyperlight._parsed_guests", {})  # none that was read with its note, nor for others without
+        yield
+
+
+@contextlib.contextmanager
 def booted(guest: str, privilege: str, **settings: Any) -> Iterator[hyperlight.MultiUseSandbox]:
     """Boot one of the prebuilt guests as it is ("user"), as built for kernel mode ("kernel"), or as on a host that does
     not know of user mode ("unaware"): such a host maps every page for the supervisor, and the guest copies.
     """
     import hyperlight
-    import memory
 
-    with pytest.MonkeyPatch.context() as patch:
-        if privilege == "unaware":
-            patch.setattr("memory._read_privilege", lambda *_: memory.PrivilegeNote())
-            settings["copy_on_write"] = "guest"
-        path = str(KERNEL_GUESTS / guest) if privilege == "kernel" else guest
+    if privilege == "unaware":
+        settings["copy_on_write"] = "guest"
+    path = str(KERNEL_GUESTS / guest) if privilege == "kernel" else guest
+    with unaware_of_user_mode(privilege == "unaware"):
         uninitialized = hyperlight.UninitializedSandbox(path, hyperlight.SandboxConfiguration(**settings))
     with uninitialized, uninitialized.evolve() as sandbox:
         yield sandbox

@@ -221,7 +221,10 @@ page_fault:
         push    %r13
         push    %r14
         push    %r15
-        sub     $512, %rsp
+        sub     $512 - 24, %rsp
+        .rept   3                               /* where the last x87 operation was: AMD's FXSAVE may leave that out */
+        push    $0
+        .endr
         fxsave  (%rsp)
         mov     %es, %eax
         push    %rax

@@ -17,6 +17,8 @@
 #define PROC_CONTROL_GVA 0xFFFFFD0000000000ull
 #define MAIN_STACK_LIMIT 0xFFFFFE0000000000ull
 #define LOW_END 0x0000800000000000ull
+#define DEVICES_GPA 0xFEC00000ull              /* interrupt controllers, and whatever else answers up to 4 GiB */
+#define DEVICES_END_GPA 0x100000000ull
 
 #define PTE_PRESENT (1ull << 0)
 #define PTE_WRITABLE (1ull << 1)
@@ -54,8 +56,9 @@
 #define XCR0_ALLOWED 0xE7u                     /* x87, SSE, AVX, AVX-512 */
 
 #define RED_ZONE 128u
+#define FXSAVE_WRITTEN 416u                    /* what lies behind is whatever the exception stack held before */
 #define RFLAGS_IF 0x200ull
-#define RFLAGS_TF_DF 0x500ull
+#define RFLAGS_NT_TF_DF 0x4500ull
 
 #define ABORT_MALLOC_FAILED 13
 #define ABORT_GUEST_ERROR 15
@@ -124,6 +127,11 @@ static inline void invalidate(uint64_t gva) {
 static inline void copy_words(void *destination, const void *source, size_t size) {
     size_t count = size / 8;
     __asm__ volatile("rep movsq" : "+D"(destination), "+S"(source), "+c"(count) : : "memory");
+}
+
+static inline void clear_words(void *destination, size_t size) {
+    size_t count = size / 8;
+    __asm__ volatile("rep stosq" : "+D"(destination), "+c"(count) : "a"(0ull) : "memory");
 }
 
 /* ---- Physical pages and page tables ------------------------------------------------------------------------ */
@@ -215,11 +223,26 @@ static bool grant(uint64_t gva) {
     return changed;
 }
 
+/* Whether one of the pages from gva on, all of them the kernel part's, lies in that physical memory. */
+static bool holds_page_of(uint64_t gpa, uint64_t size, uint64_t gva, uint64_t gva_end) {
+    for (; gva < gva_end; gva += HL_PAGE_SIZE)
+        if ((*leaf_entry(gva, false) & PTE_ADDRESS_MASK) - gpa < size)
+            return true;
+    return false;
+}
+
 /* Whether physical memory may be shown to the guest's own code: neither scratch, where the page tables are, nor the
- * image, where the kernel part is, wherever a snapshot has moved it to. */
+ * image, where a snapshot may have moved any page of the kernel part, nor devices. A local APIC would send an SMI, whose
+ * handler is code at gpa 0x38000 with all privileges. Hosts that do not tell where the image ends map it read-only,
+ * or not: there the kernel part looks for its own pages. */
 static bool is_mappable(uint64_t gpa, uint64_t size) {
-    uint64_t scratch = MAX_GPA + 1 - *SCRATCH_SIZE_WORD;
-    return gpa >= *IMAGE_END_WORD && gpa < scratch && size <= scratch - gpa;
+    uint64_t scratch = MAX_GPA + 1 - *SCRATCH_SIZE_WORD, image_end = *IMAGE_END_WORD;
+    if (gpa < image_end || gpa >= scratch || size > scratch - gpa
+        || overlaps(gpa, gpa + size, DEVICES_GPA, DEVICES_END_GPA))
+        return false;
+    return image_end != 0
+           || !(holds_page_of(gpa, size, (uint64_t)__hl_kernel_start, (uint64_t)__hl_kernel_end)
+                || holds_page_of(gpa, size, PROC_CONTROL_GVA, PROC_CONTROL_GVA + 2 * HL_PAGE_SIZE));
 }
 
 /* ---- Page faults (abi.md 5.6) ------------------------------------------------------------------------------ */
@@ -248,8 +271,8 @@ static bool copy_on_write(uint64_t gva) {
 
 bool hl_kernel_page_fault(uint64_t error) {
     uint64_t gva = read_cr2();
-    if (error & FAULT_RESERVED)
-        return false;
+    if ((error & FAULT_RESERVED) || (HL_USER_MODE && !(error & FAULT_USER)))
+        return false;    /* a fault of the kernel part's own has overwritten the frame that it was to go back to */
     if (!(error & FAULT_PRESENT))
         return grow_stack(gva);
     bool granted = false;
@@ -271,8 +294,11 @@ static bool make_writable(uint64_t gva) {
     return is_present(gva) ? (*leaf_entry(gva, false) & PTE_WRITABLE) != 0 : grow_stack(gva);
 }
 
+/* An interrupt at a vector whose exception has an error code brings none: such a frame lies elsewhere, and its fields
+ * are not what they are called. A guest can have that by programming the interrupt controller. */
 static bool came_from_guest(const struct hl_ExceptionFrame *frame) {
-    return !HL_USER_MODE || frame->cs == HL_USER_CODE_SELECTOR;
+    return !HL_USER_MODE
+           || (frame->cs == HL_USER_CODE_SELECTOR && (uint64_t)frame == EXCEPTION_STACK_TOP - sizeof *frame);
 }
 
 static void abort_decimal(struct hl_AbortStream *stream, unsigned value) {
@@ -326,13 +352,14 @@ static bool deliver_to_guest(struct hl_ExceptionFrame *frame, uint64_t address) 
     uint64_t top = (frame->rsp - RED_ZONE) & ~15ull, copy = top - sizeof *frame;
     if (!make_writable(copy) || !make_writable(top - 1))
         return false;
+    clear_words(frame->fxsave + FXSAVE_WRITTEN, sizeof frame->fxsave - FXSAVE_WRITTEN);
     copy_words((void *)copy, frame, sizeof *frame);
     frame->rdi = frame->vector;
     frame->rsi = copy;
     frame->rdx = address;
     frame->rip = (uint64_t)hl_exception_upcall;
     frame->rsp = copy;
-    frame->rflags &= ~(RFLAGS_TF_DF | (HL_USER_MODE ? 0 : RFLAGS_IF));    /* IRETQ at CPL 3 cannot set IF again */
+    frame->rflags &= ~(RFLAGS_NT_TF_DF | (HL_USER_MODE ? 0 : RFLAGS_IF));    /* IRETQ at CPL 3 cannot set IF again */
     return true;
 }
 
@@ -346,10 +373,13 @@ static void set_gate(unsigned vector, unsigned privilege) {
     CONTROL->idt[vector][1] = stub >> 32;
 }
 
+/* A snapshot may have made the IDT copy-on-write. */
 static bool enable_interrupt(uint64_t vector) {
     bool is_interrupt = vector >= FIRST_INTERRUPT_VECTOR && vector < HL_VECTOR_COUNT;
-    if (is_interrupt)
+    if (is_interrupt) {
+        copy_on_write((uint64_t)CONTROL->idt);
         set_gate((unsigned)vector, 0);
+    }
     return is_interrupt;
 }
 
@@ -421,14 +451,15 @@ void hl_kernel_exception(struct hl_ExceptionFrame *frame) {
 
 /* ---- Set-up at the first entry (abi.md 5.5) ---------------------------------------------------------------- */
 
+/* The segments have been accessed: the CPU would note it at the next load, in a page that may be copy-on-write by then. */
 static void fill_descriptor_tables(void) {
     uint64_t tss = (uint64_t)&CONTROL->tss, limit = sizeof CONTROL->tss - 1;
-    CONTROL->gdt[KERNEL_CODE_SELECTOR / 8] = 0x00A09A0000000000;
-    CONTROL->gdt[KERNEL_DATA_SELECTOR / 8] = 0x00C0920000000000;
+    CONTROL->gdt[KERNEL_CODE_SELECTOR / 8] = 0x00A09B0000000000;
+    CONTROL->gdt[KERNEL_DATA_SELECTOR / 8] = 0x00C0930000000000;
     CONTROL->gdt[TSS_SELECTOR / 8] = limit | (tss & 0xFFFFFF) << 16 | 0x89ull << 40 | (tss >> 24 & 0xFF) << 56;
     CONTROL->gdt[TSS_SELECTOR / 8 + 1] = tss >> 32;
-    CONTROL->gdt[HL_USER_DATA_SELECTOR / 8] = 0x00CFF2000000FFFF;
-    CONTROL->gdt[HL_USER_CODE_SELECTOR / 8] = 0x00AFFA000000FFFF;
+    CONTROL->gdt[HL_USER_DATA_SELECTOR / 8] = 0x00CFF3000000FFFF;
+    CONTROL->gdt[HL_USER_CODE_SELECTOR / 8] = 0x00AFFB000000FFFF;
     CONTROL->tss.ist1 = EXCEPTION_STACK_TOP;
     for (unsigned vector = 0; vector < FIRST_INTERRUPT_VECTOR; vector++)
         if (IDT_VECTORS >> vector & 1)

@@ -103,13 +103,14 @@ static inline void hl_abort_text(struct hl_AbortStream *stream, const char *text
         hl_abort_byte(stream, (uint8_t)*text++);
 }
 
-/* Sends what is pending and the terminator. The host does not resume the guest. */
+/* Sends what is pending and the terminator. The host does not resume the guest; if it did, it would hear no more than
+ * that again: a halt of the kernel part's would have the next call begin at CPL 0. */
 _Noreturn static inline void hl_abort_end(struct hl_AbortStream *stream) {
     hl_abort_flush(stream);
-    hl_abort_byte(stream, 0xFF);
-    hl_abort_flush(stream);
-    for (;;)
-        hl_port_out32(HL_PORT_HALT, 0);
+    for (;;) {
+        hl_abort_byte(stream, 0xFF);
+        hl_abort_flush(stream);
+    }
 }
 #endif
 #endif
