@@ -33,7 +33,7 @@ PROC_CONTROL = 0xFFFF_FD00_0000_0000
 IDT = PROC_CONTROL + PAGE_SIZE
 MAIN_STACK = range(0xFFFF_FE00_0000_0000, 0xFFFF_FF00_0000_0000)
 EXCEPTION_STACK_TOP = 0xFFFF_FFFF_FFFF_EFE0
-DEVICES = range(0xFEC0_0000, 1 << 32)
+DEVICES = range(0xFEC0_0000, 0xFEF0_0000)
 """Where the interrupt controllers have their registers (gpa)."""
 _LAST_PAGES = 3
 """Of scratch, which no allocation reaches: the exception stack, and the bookkeeping words above it (abi.md 1.4)."""

@@ -17,8 +17,8 @@
 #define PROC_CONTROL_GVA 0xFFFFFD0000000000ull
 #define MAIN_STACK_LIMIT 0xFFFFFE0000000000ull
 #define LOW_END 0x0000800000000000ull
-#define DEVICES_GPA 0xFEC00000ull              /* interrupt controllers, and whatever else answers up to 4 GiB */
-#define DEVICES_END_GPA 0x100000000ull
+#define DEVICES_GPA 0xFEC00000ull              /* I/O APIC to local APIC */
+#define DEVICES_END_GPA 0xFEF00000ull
 
 #define PTE_PRESENT (1ull << 0)
 #define PTE_WRITABLE (1ull << 1)
@@ -232,7 +232,7 @@ static bool holds_page_of(uint64_t gpa, uint64_t size, uint64_t gva, uint64_t gv
 }
 
 /* Whether physical memory may be shown to the guest's own code: neither scratch, where the page tables are, nor the
- * image, where a snapshot may have moved any page of the kernel part, nor devices. A local APIC would send an SMI, whose
+ * image, where a snapshot may have moved any page of the kernel part, nor an APIC. A local APIC would send an SMI, whose
  * handler is code at gpa 0x38000 with all privileges. Hosts that do not tell where the image ends map it read-only,
  * or not: there the kernel part looks for its own pages. */
 static bool is_mappable(uint64_t gpa, uint64_t size) {
