@@ -1925,12 +1925,13 @@ class _Guest:
         """
         user_mode = self.snapshot.elf.privilege.user_mode
         if (rip, rsp, user_mode) != self._packed_for:
-            self._packed_for = rip, rsp, user_mode
+            self._packed_for = None  # until all of it is there
             self._entry, self._stack_top = rip, rsp
             self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
             flush = 0 if user_mode else Rflags.ZF
             packed = _VirtualMachine.pack(rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | flush)
             self._restored_registers = bytearray(packed)
+            self._packed_for = rip, rsp, user_mode
         self._entry_registers = self._next_entry_registers
         if restored:
             struct.pack_into("<Q", self._restored_registers, kvm_abi.kvm_regs.rdi.offset, self._request_seed())
@@ -2321,6 +2322,7 @@ class _Guest:
         self._fault = None
         if snapshot is not self._reset_to:
             self.vm.platform.check(snapshot.platform)
+            self._reset_to = None  # until all of it is there
             self.vm.prepare_reset(_sregs_of(snapshot), snapshot.platform)
             self._reset_to = snapshot
         self.vm.reset(self._ram.translations_are_stale)
@@ -3369,10 +3371,10 @@ class _VirtualMachine:
 
     def _set_state(self) -> None:
         """Set the special registers and events that wait in the kvm_run page for the next entry."""
-        self.page[_DIRTY_REGS] &= _REGS
         events = self.page[_SYNC_EVENTS : _SYNC_EVENTS + ctypes.sizeof(kvm_abi.kvm_vcpu_events)]
         self.vcpu.set_vcpu_events(kvm_abi.kvm_vcpu_events.from_buffer_copy(events))
         self.vcpu.set_sregs(kvm_abi.kvm_sregs.from_buffer_copy(self.page[_SYNC_SREGS:_SYNC_EVENTS]))
+        self.page[_DIRTY_REGS] &= _REGS  # last: what is interrupted before is done again
 
     def _exit_is_complete(self) -> bool:
         """Whether the last exit left nothing to KVM: the guest halted, or wrote to a port."""
@@ -3712,7 +3714,7 @@ def _new_core_file(directory: str) -> Iterator[tuple[typing.BinaryIO, str]]:
         except FileExistsError:
             continue
         with contextlib.ExitStack() as undo:
-            undo.callback(os.unlink, path + ".partial")
+            undo.callback(_remove_if_there, path + ".partial")  # Ctrl-C may come right after the rename
             with open(fd, "wb") as file:
                 if os.path.lexists(path):
                     continue
@@ -3720,6 +3722,11 @@ def _new_core_file(directory: str) -> Iterator[tuple[typing.BinaryIO, str]]:
             os.rename(path + ".partial", path)
             undo.pop_all()
             return
+
+
+def _remove_if_there(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 # -- what of --

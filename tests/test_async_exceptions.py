@@ -195,32 +195,51 @@ def test_restore_of_what_the_sandbox_came_from(subject: Subject) -> None:
     interrupt_everywhere(add_and_restore, lambda: (subject.check(), subject.restore()))
 
 
+class Turns:
+    """Snapshots that take turns in one sandbox: other memory, another guest, another privilege each time."""
+
+    def __init__(self, subject: Subject) -> None:
+        subject.add()
+        self.subject = subject
+        values = [(0, subject.snapshot), (1000, subject.sandbox.snapshot()), (0, snapshot_of(False))]
+        self._turns = itertools.cycle(values)
+        self._next()
+
+    def _next(self) -> None:
+        self.value, self.snapshot = next(self._turns)
+
+    def restore(self) -> None:
+        self.subject.sandbox.restore(self.snapshot)
+        assert self.subject.sandbox.snapshot() is self.snapshot
+
+    def check(self) -> None:
+        assert not self.subject.sandbox.interrupt_handle().kill()
+        self.subject.other_thread.submit(self._check_counter).result(60)
+        self._next()
+
+    def _check_counter(self) -> None:
+        sandbox = self.subject.sandbox
+        if sandbox.poisoned:
+            self.restore()
+        assert sandbox.call(ADD, Long(1)) in (1, 1001, 2, 1002)  # the second pair where nothing has happened yet
+        self.restore()
+        assert sandbox.call(ADD, Long(1)) == self.value + 1
+
+
 def test_restore_of_another_snapshot(subject: Subject) -> None:
-    """Two take turns, so that each restore exchanges the memory; after an interruption either may be there."""
-    subject.add()
-    snapshots = {0: subject.snapshot, 1000: subject.sandbox.snapshot()}
-    turns = itertools.cycle(snapshots)
+    turns = Turns(subject)
+    interrupt_everywhere(turns.restore, turns.check, may_lose=8)
 
-    def restore() -> None:
-        subject.sandbox.restore(snapshots[wanted])
-        assert subject.sandbox.snapshot() is snapshots[wanted]
 
-    def check() -> None:
-        nonlocal wanted
-        assert not subject.sandbox.interrupt_handle().kill()
-        subject.other_thread.submit(find_counter).result(60)
-        wanted = next(turns)
+def test_core_dump_right_after_a_restore(subject: Subject, tmp_path: Path) -> None:
+    """A restore leaves registers to the next entry; whoever wants them before must not lose them."""
+    turns = Turns(subject)
 
-    def find_counter() -> None:
-        if subject.sandbox.poisoned:
-            restore()
-        counter = subject.sandbox.call(ADD, Long(1))
-        assert counter in (1, 1001, 2, 1002)  # the second pair where nothing happened since the last time
-        restore()
-        assert subject.sandbox.call(ADD, Long(1)) == wanted + 1
+    def restore_and_dump() -> None:
+        turns.restore()
+        assert subject.sandbox.generate_crashdump_to_dir(tmp_path)
 
-    wanted = next(turns)
-    interrupt_everywhere(restore, check, may_lose=8)
+    interrupt_everywhere(restore_and_dump, turns.check, may_lose=20, step=2)
 
 
 def test_snapshot(subject: Subject) -> None:
