@@ -90,7 +90,7 @@ def test_a_timer_of_a_millisecond_interrupts_the_guest() -> None:
     """B.16/256."""
     with UninitializedSandbox("simpleguest", TIMED).evolve() as sandbox:
         begin = time.monotonic()
-        assert sandbox.call("TimerTicks", UInt(1000), 3, ULong(10_000_000)) == 3
+        assert sandbox.call("TimerTicks", UInt(1000), 3, ULong(10_000_000)) >= 3  # several may come at once
         assert time.monotonic() - begin >= 0.003
         assert sandbox.call("Echo", "still here") == "still here"
         assert sandbox._guest.vm.platform.timer is not None
