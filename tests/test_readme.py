@@ -51,3 +51,17 @@ def test_first_commands_are_the_ones_that_ci_runs() -> None:
     script = (REPOSITORY / ".ci" / "run").read_text()
     assert len(first) == 2
     assert all(command in script for command in first)
+
+
+# -- the guide for guests ------------------------------------------------------------------------
+
+
+@require("kvm")
+@require("gcc")
+def test_guide_for_guests_builds_what_it_shows(tmp_path: Path) -> None:
+    guide = (REPOSITORY / "docs" / "guests.md").read_text()
+    (source,) = re.findall(r"^```c\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mean.c").write_text(source)
+    commands = re.findall(r"^    \$ hyperlight (.*)$", guide, re.MULTILINE)
+    printed = [run(sys.executable, "-m", "hyperlight", *each.split(), directory=tmp_path) for each in commands]
+    assert printed == ["", "1.5\n"]
