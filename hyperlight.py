@@ -988,6 +988,8 @@ class MultiUseSandbox:
     Made by ``UninitializedSandbox.evolve()`` or ``MultiUseSandbox.from_snapshot()``. Any thread may use it,
     one at a time: a second thread waits. A host function that uses the sandbox whose guest is waiting
     for it gets ``GuestFunctionCallAlreadyInProgress``.
+
+    After a fork, the sandbox is the parent's alone: in the child it is closed. Snapshots are for both.
     """
 
     def __init__(
@@ -1005,7 +1007,7 @@ class MultiUseSandbox:
         self._lock = threading.Lock()
         self._user: int | None = None  # the thread that holds the lock
         self._status = SandboxStatus.READY
-        self._closed = False
+        self._closed = ""  # or why
         self._snapshot = snapshot if snapshot.is_initialized else None
         self._fitting: Snapshot | None = None  # that was found to fit, as long as nothing changes that
         with _kvm_errors_in_tree():
@@ -1014,13 +1016,12 @@ class MultiUseSandbox:
             )
             self._guest = _Guest(snapshot, self._functions, interrupt, self._config)
             try:
+                with _live_sandboxes_lock:
+                    _live_sandboxes.add(self)
                 self._start(_files)
             except BaseException:
-                self._disconnect()
-                self._guest.close()
+                self.close()
                 raise
-        with _live_sandboxes_lock:
-            _live_sandboxes.add(self)
 
     @classmethod
     def from_snapshot(
@@ -1259,9 +1260,19 @@ class MultiUseSandbox:
 
     @_one_at_a_time
     def _release(self) -> None:
-        self._closed = True
+        self._closed = self._closed or "the sandbox is closed"
         self._snapshot = None
         self._guest.close()
+
+    def _disown(self) -> None:
+        """Let go of everything in a forked child, whatever the threads that are not there any more were doing.
+
+        The vCPU's page is shared with the parent, whose guest would run with what the child put there.
+        """
+        self._closed = "the sandbox belongs to the process that was forked: start another from a snapshot"
+        self._lock, self._user = threading.Lock(), None
+        self._guest.disown()
+        self._release()
 
     def __enter__(self) -> MultiUseSandbox:
         return self
@@ -1289,7 +1300,7 @@ class MultiUseSandbox:
 
     def _check_usable(self, *, poisoned_too: bool = False) -> None:
         if self._closed:
-            raise SandboxClosed("the sandbox is closed")
+            raise SandboxClosed(self._closed)
         if self._status is _READY:
             return
         if self._status is SandboxStatus.UNRECOVERABLE:
@@ -1448,6 +1459,9 @@ class InterruptHandle:
 
     def _detach(self) -> None:
         self._dropped, self._page = True, None
+
+    def _disown(self) -> None:
+        self._lock, self._thread = threading.RLock(), None
 
     def _nudge(self) -> None:
         """Make the vCPU's thread leave the guest, or not enter it, without ending the call."""
@@ -1810,6 +1824,13 @@ class _Guest:
         self.vm.close()
         self._ram.close()
         self._close_files()
+
+    def disown(self) -> None:
+        """Forget what has threads or locks: this is a forked child, and they are its parent's."""
+        self.debugger = None
+        self.interrupt._disown()
+        if self.vm.platform.timer is not None:
+            self.vm.platform.timer.disown()
 
     def observe(
         self, trace: Callable[[TraceRecord], None] | None, memory_profile: Callable[[MemoryEvent], None] | None
@@ -2499,7 +2520,7 @@ class _Metric:
         self.help_text = help_text
         self.labels = labels
         self._emit = emit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may count, too
         self._series: dict[tuple[str, ...], list[float]] = {} if labels else {(): self._new_series()}
 
     def render(self) -> Iterator[str]:
@@ -2608,9 +2629,15 @@ class Metrics:
 
     def render(self) -> str:
         """Return all metrics in Prometheus' text format, version 0.0.4."""
-        metrics = (self.guest_errors, self.guest_cancellations, self.erroneous_vcpu_kicks)
-        all_of_them: tuple[_Metric, ...] = (*metrics, self.guest_call_duration, self.host_call_duration)
-        return "".join(f"{line}\n" for metric in all_of_them for line in metric.render())
+        return "".join(f"{line}\n" for metric in self._all() for line in metric.render())
+
+    def _all(self) -> tuple[_Metric, ...]:
+        counters = (self.guest_errors, self.guest_cancellations, self.erroneous_vcpu_kicks)
+        return (*counters, self.guest_call_duration, self.host_call_duration)
+
+    def _renew_locks(self) -> None:
+        for metric in self._all():
+            metric._lock = threading.RLock()
 
     def subscribe(self, callback: Callable[[Observation], None]) -> Callable[[], None]:
         """Call *callback* with every ``Observation`` from now on, on the thread that makes it.
@@ -3177,6 +3204,10 @@ class _Timer:
             self._thread.join()
             self._thread = None
 
+    def disown(self) -> None:
+        """Forget the thread, which is a parent's."""
+        self._thread = None
+
     def close(self) -> None:
         """Stop, and close the eventfd."""
         self.stop()
@@ -3655,7 +3686,19 @@ def dump_all_sandboxes(directory: StrPath | None = None) -> list[str]:
 
 
 _live_sandboxes: weakref.WeakSet[MultiUseSandbox] = weakref.WeakSet()
-_live_sandboxes_lock = threading.Lock()
+_live_sandboxes_lock = threading.RLock()  # a signal's handler may want dumps
+
+
+def _start_afresh() -> None:
+    """After a fork, in the child: what is shared with the parent is let go, and no lock is held."""
+    global _live_sandboxes_lock
+    _live_sandboxes_lock = threading.RLock()
+    metrics._renew_locks()
+    for sandbox in list(_live_sandboxes):
+        sandbox._disown()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
 
 _CORE_DUMP_DIR = "HYPERLIGHT_CORE_DUMP_DIR"
 _DUMPED_PAGES_PER_GUEST_PAGE = 4
