@@ -228,7 +228,7 @@ class Turns:
 
 def test_restore_of_another_snapshot(subject: Subject) -> None:
     turns = Turns(subject)
-    interrupt_everywhere(turns.restore, turns.check, may_lose=8)
+    interrupt_everywhere(turns.restore, turns.check, may_lose=8, step=2)
 
 
 def test_core_dump_right_after_a_restore(subject: Subject, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_core_dump_right_after_a_restore(subject: Subject, tmp_path: Path) -> No
         turns.restore()
         assert subject.sandbox.generate_crashdump_to_dir(tmp_path)
 
-    interrupt_everywhere(restore_and_dump, turns.check, may_lose=20, step=2)
+    interrupt_everywhere(restore_and_dump, turns.check, may_lose=20, step=7)
 
 
 def test_snapshot(subject: Subject) -> None:
