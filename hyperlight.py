@@ -52,7 +52,7 @@ import threading
 import time
 import typing
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 import kvm_abi
@@ -2709,18 +2709,22 @@ class TraceRecord(typing.NamedTuple):
 class TraceRecorder:
     """Keeps trace records for a file: ``SandboxConfiguration(trace=TraceRecorder())``.
 
-    Several sandboxes may share one. Of more than *max_records* the first are kept, and ``dropped`` says
-    how many were not.
+    Several sandboxes may share one. Of more than *max_records*, or of records with more than *max_text*
+    characters of names and fields, which are a guest's, the first are kept, and ``dropped`` says how many were not.
     """
 
-    def __init__(self, max_records: int = 200_000) -> None:
+    def __init__(self, max_records: int = 200_000, max_text: int = 32 << 20) -> None:
         self.max_records = max_records
+        self.max_text = max_text
         self.records: list[TraceRecord] = []
         self.dropped = 0
+        self._text = 0
 
     def __call__(self, record: TraceRecord) -> None:
         """Keep *record*."""
-        if len(self.records) < self.max_records:
+        text = self._text + len(record.name) + _text_of_fields(record.fields.items())
+        if len(self.records) < self.max_records and text <= self.max_text:
+            self._text = text
             self.records.append(record)
         else:
             self.dropped += 1
@@ -2737,6 +2741,11 @@ class TraceRecorder:
             events += _chrome_names(sandbox)
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": events, "otherData": {"dropped": str(self.dropped)}}, file)
+
+
+def _text_of_fields(fields: Iterable[tuple[str, str]]) -> int:
+    """Count the characters of *fields*."""
+    return sum([len(key) + len(value) for key, value in fields])
 
 
 def _chrome_names(sandbox: int) -> Iterator[dict[str, Any]]:
@@ -2761,10 +2770,13 @@ def _chrome_events(record: TraceRecord) -> Iterator[dict[str, Any]]:
         yield {**event, "ph": "X", "dur": (record.end_ns - record.begin_ns) / 1000}
 
 
-class _OpenSpan(typing.NamedTuple):
+@dataclasses.dataclass
+class _OpenSpan:
     event: memory.OpenSpan
     begin_ns: int
     fields: dict[str, str]
+    text: int
+    """Characters, those of fields that were replaced included."""
 
 
 class _Tracer:
@@ -2776,6 +2788,8 @@ class _Tracer:
 
     MAX_OPEN: ClassVar[int] = 1024
     MAX_FIELDS: ClassVar[int] = 64
+    MAX_OPEN_TEXT: ClassVar[int] = 1 << 20
+    """Characters of all open spans."""
     _numbers = itertools.count(1)
 
     def __init__(self, callback: Callable[[TraceRecord], None], vcpu: kvm_abi.Vcpu) -> None:
@@ -2783,6 +2797,7 @@ class _Tracer:
         self._vcpu = vcpu
         self._sandbox = next(self._numbers)
         self._open: dict[int, _OpenSpan] = {}
+        self._open_text = 0
         self._entered_ns = 0
         self._guest_start: int | None = None  # the guest's time stamp counter at that moment
 
@@ -2801,6 +2816,7 @@ class _Tracer:
             span.fields["unfinished"] = "true"
             self._close(span, time.perf_counter_ns())
         self._open.clear()
+        self._open_text = 0
         self.record("call-to-guest", name, self._entered_ns)
 
     def run(self, physical: memory.GuestMemory) -> int:
@@ -2839,15 +2855,28 @@ class _Tracer:
         elif isinstance(event, memory.CloseSpan):
             self._close(span, self._time_of(event.tsc))
             del self._open[event.id]
+            self._open_text -= span.text
         else:
-            span.fields.update(event.fields[: max(0, self.MAX_FIELDS - len(span.fields))])
+            self._edit(span, event.fields[: max(0, self.MAX_FIELDS - len(span.fields))])
 
     def _open_span(self, event: memory.OpenSpan) -> None:
         begin = self._time_of(event.tsc)
-        if event.id in self._open or len(self._open) >= self.MAX_OPEN:
+        fields = dict(event.fields[: self.MAX_FIELDS])
+        text = len(event.name) + len(event.target) + _text_of_fields(fields.items())
+        if event.id in self._open or len(self._open) >= self.MAX_OPEN or self._open_text + text > self.MAX_OPEN_TEXT:
             _logger.warning("the guest's span %d, %s, is left out", event.id, event.name)
             return
-        self._open[event.id] = _OpenSpan(event, begin, dict(event.fields[: self.MAX_FIELDS]))
+        self._open_text += text
+        self._open[event.id] = _OpenSpan(event._replace(fields=()), begin, fields, text)
+
+    def _edit(self, span: _OpenSpan, fields: Sequence[memory.KeyValue]) -> None:
+        text = _text_of_fields(fields)
+        if self._open_text + text > self.MAX_OPEN_TEXT:
+            _logger.warning("fields of the guest's span %d, %s, are left out", span.event.id, span.event.name)
+            return
+        self._open_text += text
+        span.text += text
+        span.fields.update(fields)
 
     def _close(self, span: _OpenSpan, end_ns: int) -> None:
         event = span.event

@@ -33,10 +33,12 @@ from hyperlight import (
     HyperlightVmError,
     Int,
     InvalidPort,
+    MemoryProfile,
     MultiUseSandbox,
     SandboxConfiguration,
     SandboxStatus,
     Snapshot,
+    TraceRecorder,
     UnexpectedVmExit,
     UninitializedSandbox,
 )
@@ -240,7 +242,13 @@ STORMS = {
     "aborts of no bytes": f"1: {TICK}; .rept 100; mov $0, %eax; out %eax, $102; .endr; jmp 1b",
     "host calls": f"1: {TICK}; jmp 1b",
     "calls of unknown functions": f"1: {TICK}; say unknown, 101; movabs $INPUT, %rdi; movq $8, (%rdi); jmp 1b",
+    "traces": f"1: {TICK}; mov $104, %r8; lea batch(%rip), %r9; mov $batch_size, %r10; .rept 100; out %eax, $104; .endr; jmp 1b",
+    "allocations": f"1: {TICK}; .rept 100; inc %r12; mov %r12, %rcx; mov $-1, %rax; out %eax, $105; .endr; jmp 1b",
+    "frees": f"1: {TICK}; .rept 100; inc %r12; mov %r12, %rcx; out %eax, $106; .endr; jmp 1b",
 }
+BATCH = b"".join(
+    memory.encode_trace_event(event) for event in (memory.GuestStart(0), memory.LogEvent(0, "n" * 3900, 0))
+)
 
 
 class Sink:
@@ -277,8 +285,13 @@ def test_storm_is_ended_by_kill(storm: str, monkeypatch: pytest.MonkeyPatch) -> 
         tick=stack_with(CALL_TICK),
         record=stack_with(memory.encode_guest_log_data(RECORD)),
         unknown=stack_with(NOT_REGISTERED),
+        batch=BATCH,
     )
-    with attacked(guest) as sandbox, ThreadPoolExecutor(1) as thread:
+    recorder, profile = TraceRecorder(max_text=1 << 20), MemoryProfile()
+    config = SandboxConfiguration(
+        trace=recorder if storm == "traces" else None, memory_profile=profile if storm in ("allocations", "frees") else None
+    )
+    with attacked(guest, config) as sandbox, ThreadPoolExecutor(1) as thread:
         sandbox.register("Tick", tick)
         raging = thread.submit(sandbox.call, EVIL)
         under_way.wait()
@@ -287,6 +300,8 @@ def test_storm_is_ended_by_kill(storm: str, monkeypatch: pytest.MonkeyPatch) -> 
             raging.result()
         assert sandbox.status is SandboxStatus.POISONED
     assert sink.count > 0 or storm != "debug prints"
+    assert recorder.dropped > 0 or storm != "traces"
+    assert profile.live_bytes > 0 or storm != "allocations"
 
 
 # -- attacks during initialisation -----------------------------------------------------------

@@ -263,6 +263,24 @@ def test_open_spans_and_fields_are_limited(machine: Machine, caplog: pytest.LogC
     assert max(len(span.fields) for span in machine.spans()) <= _Tracer.MAX_FIELDS + 2
 
 
+def test_text_of_open_spans_is_limited(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    """However a guest spreads it over spans and fields; and what is closed counts no more."""
+    long = "x" * 3000
+    machine.exit_with(GuestStart(0))
+    for number in range(1, 401):
+        machine.exit_with(OpenSpan(number, None, "s", "t", 0))
+        machine.exit_with(EditSpan(number, (KeyValue("k", long),)))
+    assert caplog.text.count("fields of the guest's span") == 400 - _Tracer.MAX_OPEN_TEXT // 3003
+    machine.exit_with(OpenSpan(1000, None, long, "t", 0))
+    assert "the guest's span 1000" in caplog.text
+    machine.exit_with(CloseSpan(1, 0), OpenSpan(2000, None, long[:2900], "t", 0))
+    assert "the guest's span 2000" not in caplog.text
+    machine.tracer.left("Function")
+    assert sum(len(field) for span in machine.spans() for field in span.fields.values()) < _Tracer.MAX_OPEN_TEXT + 10_000
+    machine.exit_with(GuestStart(0), OpenSpan(3000, None, long, "t", 0))
+    assert "the guest's span 3000" not in caplog.text
+
+
 def test_a_callback_that_fails_does_not_fail_the_run(caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine()
     machine.tracer._callback = lambda record: 1 / 0
@@ -329,6 +347,14 @@ def test_a_recorder_has_a_limit(tmp_path: Path) -> None:
     recorder.write_chrome_trace(tmp_path / "trace.json")
     assert [record.name for record in recorder.records] == ["0", "1", "2"]
     assert json.loads((tmp_path / "trace.json").read_text())["otherData"] == {"dropped": "2"}
+
+
+def test_a_recorder_has_a_limit_of_text() -> None:
+    recorder = TraceRecorder(max_text=100)
+    for size in (50, 60, 30):
+        recorder(TraceRecord("guest", "n" * 10, 0, 1, {"k" * (size - 20): "v" * 10}, 1))
+    assert [record.fields for record in recorder.records] == [{"k" * 30: "v" * 10}, {"k" * 10: "v" * 10}]
+    assert recorder.dropped == 1
 
 
 def tracing_guest(turns: int) -> bytes:
