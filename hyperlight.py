@@ -1175,7 +1175,7 @@ class MultiUseSandbox:
     def map_region(self, gpa: int, region: SharedMemory, flags: MemoryRegionFlags) -> None:
         """Show *region* to the guest at guest-physical *gpa*, without entering it into page tables.
 
-        The mapping must stay open until it is unmapped by ``restore()`` or ``close()``. *flags* may not
+        It is the guest's until ``restore()`` or ``close()``, even if *region* is closed before. *flags* may not
         have WRITE. Raises ``MapRegionError`` for an unaligned or overlapping range.
         """
         self._check_usable()
@@ -1824,6 +1824,8 @@ class _Guest:
         self.vm.close()
         self._ram.close()
         self._close_files()
+        self._regions.clear()
+        self.physical = memory.GuestMemory()
 
     def disown(self) -> None:
         """Forget what has threads or locks: this is a forked child, and they are its parent's."""
@@ -3270,6 +3272,8 @@ class _Slot:
 
     number: int
     mapping: SharedMemory
+    memory: object
+    """What keeps it mapped, also when its owner closes it too early."""
     is_certain: bool = False
 
 
@@ -3313,6 +3317,7 @@ class _VirtualMachine:
     def close(self) -> None:
         """Close the vCPU and the VM, as happens when the last reference goes."""
         self._finalizer()
+        self._slots.clear()
 
     # -- memory slots --
 
@@ -3322,7 +3327,7 @@ class _VirtualMachine:
             return
         number = min({*range(len(self._slots) + 1)} - {slot.number for slot in self._slots.values()})
         flags = kvm_abi.MemFlag(0) if writable else kvm_abi.MemFlag.READONLY
-        slot = self._slots[gpa] = _Slot(number, mapping)
+        slot = self._slots[gpa] = _Slot(number, mapping, mapping.hold())
         try:
             mapping.with_hva(
                 lambda hva: self._vm.set_user_memory_region(number, flags, gpa, mapping.size, hva)

@@ -452,12 +452,12 @@ class SharedMemory:
     Offsets count from the first byte. Every access is checked against the bounds first. Reads return
     copies: neither a view nor an address leaves the object, `with_hva` excepted. After `close` every
     access raises HyperlightError. The mapping goes when it is closed or when the last reference to
-    the object goes; then no copy may be under way in another thread, nor a VM still own the memory.
+    the object goes, and nobody holds it (`hold`) any more; then no copy may be under way in another thread.
     `close` itself may be called from several threads.
     """
 
     __slots__ = (
-        "__weakref__", "_address", "_file", "_file_offset", "_finalizer", "_limit", "_overlays",
+        "__weakref__", "_address", "_extent", "_file", "_file_offset", "_limit", "_overlays",
         "_shared", "_size", "_view", "_writable", "_write_limit",
     )  # fmt: skip
 
@@ -479,8 +479,7 @@ class SharedMemory:
         _check_mapping_size(size)
         whole = size + 2 * PAGE_SIZE
         outer = _mmap(None, whole, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
-        self._finalizer = weakref.finalize(self, _libc.munmap, outer, whole)
-        self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest
+        self._extent: _Extent | None = _Extent(outer, whole)
         self._address = outer + PAGE_SIZE
         self._size = size
         self._file = file
@@ -801,11 +800,19 @@ class SharedMemory:
     def with_hva(self, function: Callable[[int], _Result]) -> _Result:
         """Call `function` with the host virtual address and return its result.
 
-        The only way an address gets out, for KVM_SET_USER_MEMORY_REGION: whoever keeps it must keep
-        this object open for as long.
+        The only way an address gets out, for KVM_SET_USER_MEMORY_REGION: whoever keeps it must `hold` the
+        memory for as long.
         """
         self._check_open()
         return function(self._address)
+
+    def hold(self) -> object:
+        """Return something that keeps the memory mapped for as long as it is referred to, even beyond `close`.
+
+        Otherwise a VM could show its guest what the host has put there since.
+        """
+        self._check_open()
+        return self._extent
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return `size` bytes at `offset` to be read and written in place, for code that calls `open_view` each time.
@@ -825,8 +832,7 @@ class SharedMemory:
     def close(self) -> None:
         """Unmap the memory. Closing again does nothing."""
         self._limit = self._write_limit = -1
-        self._finalizer()  # at most one caller gets to run it
-        self._file = None
+        self._file = self._extent = None
 
     def __enter__(self) -> Self:
         return self
@@ -889,6 +895,15 @@ class SharedMemory:
         if writing and not self._writable:
             raise HyperlightError("the shared memory is mapped read-only")
         raise BoundsCheckFailed(offset, size, self._size)
+
+
+class _Extent:
+    """A range of addresses, unmapped when nobody refers to it any more."""
+
+    __slots__ = ("__weakref__",)
+
+    def __init__(self, address: int, size: int) -> None:
+        weakref.finalize(self, _libc.munmap, address, size).atexit = False  # a daemon thread may still run a guest
 
 
 class PageMap:

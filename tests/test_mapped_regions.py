@@ -130,6 +130,40 @@ def test_violation_names_the_address_inside_the_region(sandbox: MultiUseSandbox,
 
 
 @require("kvm")
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+@pytest.mark.parametrize("release", ["restore", "close"])
+def test_region_that_goes_too_early_shows_nothing_else(
+    snapshot: Snapshot, sandbox: MultiUseSandbox, end: str, release: str
+) -> None:
+    """Nothing that the host maps later comes to lie where the guest looks; with the sandbox, the region goes."""
+    region = SharedMemory.anonymous(MAPPED_SIZE)
+    region.write(0, CONTENT)
+    address = region.with_hva(lambda hva: hva)
+    sandbox.map_region(BASE, region, READ)
+    if end == "closed":
+        region.close()
+        with pytest.raises(hyperlight.HyperlightError, match="closed"):
+            region.read(0, 1)
+    del region
+    secrets = [SharedMemory.anonymous(MAPPED_SIZE) for _ in range(20)]
+    for secret in secrets:
+        secret.write(0, b"secret")
+    seen = sandbox.call("ReadMappedBuffer", ULong(BASE), ULong(len(CONTENT)), True, returns=bytes)
+    assert seen == CONTENT
+    assert is_mapped_in_host(address)
+    sandbox.restore(snapshot) if release == "restore" else sandbox.close()
+    assert not is_mapped_in_host(address)
+
+
+def is_mapped_in_host(address: int) -> bool:
+    """Whether *address*, of memory, is in this process's map; guard pages do not count."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= address < end:
+            return "---p" not in line
+    return False
+
+
 def test_writable_region_is_refused(sandbox: MultiUseSandbox, region: SharedMemory) -> None:
     with pytest.raises(MapRegionError, match="Writable mappings not yet supported"):
         sandbox.map_region(BASE, region, READ | WRITE)
