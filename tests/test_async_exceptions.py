@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from conftest import process_resources, require
+from conftest import process_resources, require, rounds
 from tinyguest import ADD, ECHO, MEET_AND_SPIN, MEET_ONCE, SPIN, sandbox_meeting, snapshot_of, tiny_guest
 
 import hyperlight
@@ -87,11 +87,12 @@ def interrupt_everywhere(
 ) -> None:
     """Run *operation* as often as it takes to interrupt it everywhere, each time followed by *check*.
 
-    With a *step*, only every so many-th opportunity is taken.
+    With a *step*, only every so many-th opportunity is taken; on an emulated processor, every 20th of those.
 
     All together may lose *may_lose* descriptors and as many mappings: those that were interrupted between what
     the kernel did and the line that takes notice. Nothing that is written in Python can do better.
     """
+    step *= 20 // rounds(20)
     gc.collect()
     before = process_resources()
     for point in itertools.count(1, step):
@@ -102,7 +103,7 @@ def interrupt_everywhere(
         check()
         if not was_disturbed:
             break
-    assert point > 10 * step
+    assert point > 10
     gc.collect()
     lost = [now - then for now, then in zip(process_resources(), before, strict=True)]
     assert 0 <= lost[0] <= may_lose and 0 <= lost[1] <= may_lose and lost[2] == 0
@@ -403,7 +404,7 @@ def test_real_signals_at_random_moments(subject: Subject) -> None:
     previous = signal.signal(signal.SIGALRM, raise_interrupted)
     interruptions = 0
     try:
-        for _ in range(500):
+        for _ in range(rounds(500)):
             try:
                 signal.setitimer(signal.ITIMER_REAL, choices.uniform(1e-5, 5e-3))
                 work()
@@ -417,4 +418,4 @@ def test_real_signals_at_random_moments(subject: Subject) -> None:
             subject.check()
     finally:
         signal.signal(signal.SIGALRM, previous)
-    assert interruptions > 100
+    assert interruptions > rounds(100)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import pytest
-from conftest import REPOSITORY, require
+from conftest import REPOSITORY, require, rounds
 from tinyguest import ADD, ECHO, MEET_AND_SPIN, MEET_ONCE, WORK, sandbox_meeting, snapshot_of
 
 from hyperlight import (
@@ -78,7 +78,7 @@ def test_close_among_calls_of_other_threads(snapshot: Snapshot) -> None:
         return 5
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(50):
+        for _ in range(rounds(50)):
             start, sandbox = threading.Barrier(threads), sandbox_meeting(snapshot)
             counts = [pool.submit(call_until_closed, start, sandbox) for _ in range(threads)]
             assert 5 in [count.result() for count in counts]
@@ -88,7 +88,7 @@ def test_close_among_calls_of_other_threads(snapshot: Snapshot) -> None:
 
 def test_everything_at_once_on_one_sandbox(snapshot: Snapshot) -> None:
     """Eight threads call, kill, snapshot, restore, map and dump at random: refusals are all that may come of it."""
-    threads, steps = 8, 300
+    threads, steps = 8, rounds(300)
     with sandbox_meeting(snapshot) as sandbox:
         taken = [snapshot]
 
@@ -133,7 +133,7 @@ def test_garbage_with_sandboxes_is_collected_on_any_thread(snapshot: Snapshot, n
             pass
 
     def litter(number: int) -> None:
-        for count in range(25):
+        for count in range(10):
             owner = Owner()
             assert owner.sandbox.call(MEET_ONCE) == 1
             assert owner.sandbox.call(ECHO, Long(number + count + 1)) == number + count + 1
@@ -142,7 +142,7 @@ def test_garbage_with_sandboxes_is_collected_on_any_thread(snapshot: Snapshot, n
     gc.set_threshold(50, 2, 2)
     try:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(litter, range(8)))
+            list(pool.map(litter, range(rounds(20))))
     finally:
         gc.set_threshold(*thresholds)
     gc.collect()
@@ -204,7 +204,7 @@ def test_recursion_that_ends_somewhere_in_a_call(snapshot: Snapshot, name: str) 
     with sandbox_meeting(snapshot) as sandbox, ThreadPoolExecutor(1) as other_thread:
         sandbox.call(name, *arguments)
         limit = sys.getrecursionlimit()
-        for frames in range(limit - 200, limit):
+        for frames in range(limit - 200, limit, 20 // rounds(20)):
             try:
                 go_down(sandbox, frames)
             except (RecursionError, ctypes.ArgumentError) as error:  # ctypes puts its own around what its arguments raise
