@@ -7,9 +7,11 @@ goes on to the next, so that one call makes hundreds of attempts. What cannot be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import struct
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +46,7 @@ _VECTORS = 48
 def symbols(guest: str = GUEST) -> dict[str, int]:
     """Return a guest's symbols: name to gva."""
     with open(guest, "rb") as file:
-        table = ELFFile(file).get_section_by_name(".symtab")
+        (table,) = ELFFile(file).iter_sections("SHT_SYMTAB")
         return {symbol.name: memory.BASE_ADDRESS + symbol["st_value"] for symbol in table.iter_symbols()}
 
 
@@ -62,6 +64,8 @@ MAX_ATTEMPTS = 640
 _ROW = struct.Struct("<12Q")
 _HEADER = struct.Struct("<2Q")
 _SURVIVED = (1 << 64) - 1
+_PATIENCE_S = 60.0
+"""Seconds that a call may take: none of those that end well needs a fraction of them."""
 
 _SOURCE = """
 .text
@@ -151,6 +155,7 @@ zeros: .zero 2048
 low_stack: .zero 2048
 low_stack_top:
     .balign 4096
+untouched: .zero 4096                   # by anyone but a snippet
 rows: .zero MAX_ATTEMPTS * 96
 """
 
@@ -237,7 +242,7 @@ class Arena:
         self._snapshot = image
         self.sandbox = self._booted()
         if state != "fresh":
-            self._snapshot = self._captured()
+            self._snapshot = self.captured()
             self._begin()
         self._guard = Guard(self.sandbox) if guest == GUEST else None
 
@@ -259,7 +264,7 @@ class Arena:
         self.sandbox.close()
         self.sandbox = self._booted()
 
-    def _captured(self) -> Snapshot:
+    def captured(self) -> Snapshot:
         """Take a snapshot as the arena's host does."""
         with pytest.MonkeyPatch.context() as patch:
             if self.host == "unaware":
@@ -271,13 +276,25 @@ class Arena:
         assert len(attempts) < MAX_ATTEMPTS
         rows = b"".join(_ROW.pack(self._offset_of[name], *registers, *[0] * 6) for name, *registers in attempts)
         self._write(self._rows, rows + bytes(_ROW.size))
-        self.sandbox.call("JumpTo", ULong(self._base + _HEADER.size + 8 * len(self._offset_of)))
+        with self._killed_in_the_end():
+            self.sandbox.call("JumpTo", ULong(self._base + _HEADER.size + 8 * len(self._offset_of)))
         results = self._read(self._rows, len(rows))
         return [
             Outcome(None if vector == _SURVIVED else vector, *rest)
             for *_, vector, error_code, address, rax, rip, cs in _ROW.iter_unpack(results)
             for rest in [(error_code, address, rax, rip, cs)]
         ]
+
+    @contextlib.contextmanager
+    def _killed_in_the_end(self) -> Iterator[None]:
+        """End a call in which the intruder has got to where he runs for ever."""
+        watchdog = threading.Timer(_PATIENCE_S, self.sandbox.interrupt_handle().kill)
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
+            watchdog.join()
 
     def ruin(self, attempt: Attempt) -> str:
         """Make one attempt that may end the call in an error, and say how it ended."""

@@ -19,8 +19,6 @@ from memory import PAGE_SIZE, MemoryRegionFlags, SharedMemory
 
 pytestmark = require("kvm")
 
-STATES: tuple[State, ...] = ("fresh", "restored", "from a snapshot")
-
 # -- registers -----------------------------------------------------------------------------
 
 DISTURBANCES = {
@@ -65,8 +63,6 @@ pattern: .rept 512; .byte 0x80 + (. - pattern) % 0x7F; .endr
 x87: .word 0x27F; .long 0x7F80; .quad 0xC90FDAA22168C235; .word 0x4000; .quad 0xB8AA3B295C17F0BC; .word 0x3FFF
     .quad 0x9A209A84FBCFF799; .word 0x3FFD
 usual: .long 0x1F80
-    .balign 4096
-untouched: .zero 4096
 """
 """Pi, the binary logarithm of e and the decimal one of 2 are on the stack of the x87."""
 SNIPPETS = {
@@ -78,7 +74,9 @@ SNIPPETS = {
         for disturbance, disturb in DISTURBANCES.items()
     },
     "fill": "; ".join(KEPT[what][0] for what in ("ymm", "x87")),
-    "see": "lea zeros(%rip), %rdi; " + KEPT["ymm"][1] + "; stmxcsr 512(%rdi); xorl $0x1F80, 512(%rdi); fnstcw 516(%rdi); "
+    "see": "lea zeros(%rip), %rdi; "
+    + KEPT["ymm"][1]
+    + "; stmxcsr 512(%rdi); xorl $0x1F80, 512(%rdi); fnstcw 516(%rdi); "
     "xorw $0x37F, 516(%rdi); xor %eax, %eax; mov $65, %ecx; 1: or -8(%rdi,%rcx,8), %rax; dec %ecx; jnz 1b",
 }
 WHO: dict[str, tuple[Host, str]] = {

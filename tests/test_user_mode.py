@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,7 +42,8 @@ PLACES: list[tuple[Host, State]] = [
     for host in ("host", "guest", "unaware")
     for state in ("fresh", "restored", "from a snapshot")
 ]
-NON_CANONICAL = (1 << 47, (1 << 64) - (1 << 47) - 1, 1 << 63)
+NON_CANONICAL = (1 << 47, (1 << 64) - (1 << 47) - 1, 1 << 63, 1 << 48 | PAGE_SIZE, PROC_CONTROL & (1 << 48) - 1)
+"""The last two would lead to what is mapped, if bits 48 to 63 did not count."""
 SCRATCH_ALIAS = memory.MAX_GVA - memory.MAX_GPA
 FREE_GVA, FREE_GPA = 0x7000_0000_0000, 0x2_0000_0000
 """Where nothing is mapped, and where no memory is."""
@@ -79,17 +79,17 @@ ODDITIES = {
     "ud2": ("ud2", "#UD(0x0)"),
     "icebp": (".byte 0xF1", "#DB(0x0)"),
     "int3": ("int3", "#BP(0x0)"),
-    "sysenter": ("sysenter", "#UD(0x0) #GP(0x0)"),
-    **{name: (name, "#UD(0x0) #GP(0x0)") for name in ("vmrun", "vmload", "vmsave", "stgi", "clgi", "skinit", "invlpga")},
-    "vmmcall": ("vmmcall; mov $0, %eax", "#UD(0x0) survived with 0x0"),
-    "vmcall": ("vmcall; mov $0, %eax", "#UD(0x0) #GP(0x0) survived with 0x0"),
-    "invd": ("invd", "#GP(0x0) survived with 0x0"),  # QEMU knows no caches
-    "wbinvd": ("wbinvd", "#GP(0x0) survived with 0x0"),
-    "invpcid": ("invpcid (%rsp), %rax", "#UD(0x0) #GP(0x0)"),
-    "wrfsbase": ("bts $63, %rax; wrfsbase %rax", "#UD(0x0) #GP(0x0)"),
-    "wrgsbase": ("bts $63, %rax; wrgsbase %rax", "#UD(0x0) #GP(0x0)"),
-    "sgdt": ("sgdt zeros(%rip)", "#GP(0x0) survived with 0x0"),
-    "smsw": ("smsw zeros(%rip)", "#GP(0x0) survived with 0x0"),
+    "sysenter": ("sysenter", "#UD(0x0) | #GP(0x0)"),
+    **{name: (name, "#UD(0x0) | #GP(0x0)") for name in ("vmrun", "vmload", "vmsave", "stgi", "clgi", "skinit", "invlpga")},
+    "vmmcall": ("vmmcall; mov $0, %eax", "#UD(0x0) | survived with 0x0"),
+    "vmcall": ("vmcall; mov $0, %eax", "#UD(0x0) | #GP(0x0) | survived with 0x0"),
+    "invd": ("invd", "#GP(0x0) | survived with 0x0"),  # QEMU knows no caches
+    "wbinvd": ("wbinvd", "#GP(0x0) | survived with 0x0"),
+    "invpcid": ("invpcid (%rsp), %rax", "#UD(0x0) | #GP(0x0)"),
+    "wrfsbase": ("bts $63, %rax; wrfsbase %rax", "#UD(0x0) | #GP(0x0)"),
+    "wrgsbase": ("bts $63, %rax; wrgsbase %rax", "#UD(0x0) | #GP(0x0)"),
+    "sgdt": ("sgdt zeros(%rip)", "#GP(0x0) | survived with 0x0"),
+    "smsw": ("smsw zeros(%rip)", "#GP(0x0) | survived with 0x0"),
 }
 """Snippet, and how it may end: processors differ."""
 
@@ -101,13 +101,13 @@ FLAGS = {
     "trap": (f"{SET_FLAGS.format(flags=TF)}; nop", "#DB(0x0)"),
     "trap over a page fault": (f"{SET_FLAGS.format(flags=TF)}; mov (%rsi), %al", "#DB(0x0)"),
     "trap at the gate": (f"mov $hl_service, %rax; pushq $0; {SET_FLAGS.format(flags=TF)}; jmp *%rax", "#DB(0x0)"),
-    "trap behind mov ss": (f"mov %ss, %ecx; {SET_FLAGS.format(flags=TF)}; mov %ecx, %ss; int3", "#DB(0x0) #BP(0x0)"),
+    "trap behind mov ss": (f"mov %ss, %ecx; {SET_FLAGS.format(flags=TF)}; mov %ecx, %ss; int3", "#DB(0x0) | #BP(0x0)"),
     "nested task": (f"{SET_FLAGS.format(flags=NT)}; mov (%rsi), %al; {GATE}; {GET_FLAGS}; and ${NT:#x}, %eax",
-                    f"survived with {NT:#x} survived with 0x0"),  # kvm_pvm loses it
+                    f"survived with {NT:#x} | survived with 0x0"),  # kvm_pvm loses it
     "nested task in an exception": (f"{SET_FLAGS.format(flags=NT)}; ud2", "#UD(0x0)"),
     "nested task in iretq": (f"{SET_FLAGS.format(flags=NT)}; iretq", "#GP(0x0)"),
     "alignment check": (f"{SET_FLAGS.format(flags=AC)}; mov 1(%rsp), %rax; xor %eax, %eax",
-                        "#AC(0x0) survived with 0x0"),  # not in QEMU
+                        "#AC(0x0) | survived with 0x0"),  # not in QEMU
     "alignment check in the kernel part": (f"{SET_FLAGS.format(flags=AC)}; mov (%rsi), %al; {GATE}; {GET_FLAGS}; "
                                            f"and ${AC:#x}, %eax", f"survived with {AC:#x}"),
     "direction": (f"std; mov (%rsi), %al; {GATE}; {GET_FLAGS}; and ${DF:#x}, %eax", f"survived with {DF:#x}"),
@@ -163,12 +163,14 @@ SNIPPETS: dict[str, str] = {
     "edit, and see the flags": f"mov %rdi, edit_offset(%rip); mov %rsi, edit_value(%rip); ud2; {GET_FLAGS}",
     "ud2 on a stack": "mov %rdi, %rsp; ud2",
     "push on a stack": "mov %rdi, %rsp; push %rax",
+    "ud2 behind a service": f"{GATE}; ud2",
+    "halt behind a service": f"{GATE}; out %eax, $108",
     "recursion": "mov %rdi, %rsp; movq $-2, edit_offset(%rip); ud2",
     "syscall": "syscall",
     "syscall, trapping": f"{SET_FLAGS.format(flags=TF)}; syscall",
     "abort": "lea zeros(%rip), %rsi; mov %rdi, 0x2a8(%rsi); mov %rdx, 0x298(%rsi); xor %edx, %edx; mov $5, %edi; "
     + GATE,
-    "leak": "fninit; mov (%rsi), %al; movq $-3, edit_offset(%rip); ud2",
+    "leak": "fninit; incb untouched(%rip); movq $-3, edit_offset(%rip); ud2",
     "own interrupts": """
         mov $0x11, %al; out %al, $0x20; mov %edi, %eax; out %al, $0x21; mov $4, %al; out %al, $0x21
         mov $1, %al; out %al, $0x21; mov $0xFE, %al; out %al, $0x21
@@ -222,8 +224,8 @@ def outcomes(arena: Arena, attempts: Mapping[str, Attempt]) -> dict[str, str]:
 
 
 def assert_each_ends_as_it_may(found: Mapping[str, str], allowed: Mapping[str, str]) -> None:
-    """Fail for outcomes that are not among those named in a string of several."""
-    assert {name: outcome for name, outcome in found.items() if outcome not in allowed[name]} == {}
+    """Fail for an outcome that is not one of those that a string names."""
+    assert {name: outcome for name, outcome in found.items() if outcome not in allowed[name].split(" | ")} == {}
 
 
 # -- memory --------------------------------------------------------------------------------
@@ -253,23 +255,25 @@ def kernel_memory(arena: Arena) -> dict[str, int]:
 
 
 def page_faults(accesses: Iterable[tuple[str, int]], present: int) -> dict[str, str]:
-    """Return how accesses at CPL 3 end, by name. QEMU reports an XCHG as the read that it begins with."""
-    by_qemu = {"exchange": 0} if not hyperlight.cpl0_is_emulated() else {}
-    bits = {access: 4 | present | by_qemu.get(access, write_or_fetch) for access, (_, write_or_fetch) in ACCESSES.items()}
-    return {f"{access} at {gva:#x}": f"#PF({bits[access]:#x}) at {gva:#x}" for access, gva in accesses}
+    """Return how accesses at CPL 3 end, by name. QEMU takes an exchange for a read."""
+    ends = {}
+    for access, gva in accesses:
+        bits = (ACCESSES[access][1], 0) if access == "exchange" else (ACCESSES[access][1],)
+        ends[f"{access} at {gva:#x}"] = " | ".join(f"#PF({4 | present | bit:#x}) at {gva:#x}" for bit in bits)
+    return ends
 
 
 def test_kernel_memory_can_be_neither_read_nor_written_nor_run(arena: Arena) -> None:
     accesses = list(itertools.product(ACCESSES, kernel_memory(arena).values()))
     found = outcomes(arena, {f"{access} at {gva:#x}": Attempt(access, gva) for access, gva in accesses})
-    assert found == page_faults(accesses, present=1)
+    assert_each_ends_as_it_may(found, page_faults(accesses, present=1))
 
 
 def test_nothing_lies_outside(arena: Arena) -> None:
     unmapped = (0, 0xFF8, FREE_GVA, (1 << 47) - 8, MAIN_STACK.start - 8, MAIN_STACK.stop, IDT + PAGE_SIZE, (1 << 64) - 8)
     accesses = list(itertools.product(ACCESSES, unmapped))
     found = outcomes(arena, {f"{access} at {gva:#x}": Attempt(access, gva) for access, gva in accesses})
-    assert found == page_faults(accesses, present=0)
+    assert_each_ends_as_it_may(found, page_faults(accesses, present=0))
     wild = [Attempt(access, gva) for access, gva in itertools.product(ACCESSES, NON_CANONICAL)]
     assert {str(outcome) for outcome in arena.attack(wild)} == {"#GP(0x0)"}
 
@@ -345,7 +349,7 @@ def test_code_of_32_bits_has_no_more_rights(arena: Arena) -> None:
 
 
 def test_flags_do_no_harm(arena: Arena) -> None:
-    found = {}
+    found: dict[str, str] = {}
     for index, name in enumerate(FLAGS):  # a page of stack that is not there yet for each
         found |= outcomes(arena, {name: Attempt(name, rsi=MAIN_STACK.stop - (index + 16) * PAGE_SIZE)})
     assert_each_ends_as_it_may(found, {name: allowed for name, (_, allowed) in FLAGS.items()})
@@ -354,8 +358,10 @@ def test_flags_do_no_harm(arena: Arena) -> None:
 @pytest.mark.parametrize("name", ["syscall", "syscall, trapping"])
 def test_system_calls_lead_to_page_0_where_nothing_is(arena: Arena, name: str) -> None:
     """LSTAR is 0. kvm_pvm goes there at CPL 3, others at CPL 0."""
-    allowed = "#PF(0x14) at 0x0; abort #PF(0x10) at 0x0"
-    assert arena.ruin(Attempt(name)) in (allowed if name == "syscall" else f"{allowed}; #DB(0x0); abort #DB(0x0)")
+    allowed = ["#PF(0x14) at 0x0", "abort #PF(0x10) at 0x0"]
+    if name == "syscall, trapping":
+        allowed += ["#DB(0x0)", "abort #DB(0x0)"]
+    assert arena.ruin(Attempt(name)) in allowed
 
 
 # -- ports ---------------------------------------------------------------------------------
@@ -462,11 +468,11 @@ def test_tampered_frames_do_not_lead_to_another_privilege(arena: Arena) -> None:
         ("rip", NON_CANONICAL[0]): "#GP(0x0)",
         ("rsp", tables): "survived with 0x0",
         ("rsp", NON_CANONICAL[0]): "survived with 0x0",
-        ("mxcsr", (1 << 64) - 1): "#GP(0x0) survived with 0x0",  # QEMU takes them
+        ("mxcsr", (1 << 64) - 1): "#GP(0x0) | survived with 0x0",  # QEMU takes them
     }
     for (field, value), expected in edits.items():
         (outcome,) = arena.attack([Attempt("edit", OFFSETS[field], value)])
-        assert str(outcome) in expected or (field in ("cs", "ss") and is_refusal(outcome, value)), (field, value)
+        assert str(outcome) in expected.split(" | ") or (field in ("cs", "ss") and is_refusal(outcome, value)), (field, value)
 
 
 def test_tampered_flags_do_not_grant_ports(arena: Arena) -> None:
@@ -522,7 +528,9 @@ def test_of_the_image_only_what_is_surely_the_guests_can_be_mapped(arena: Arena)
 
 
 def test_registers_of_interrupt_controllers_cannot_be_mapped(arena: Arena) -> None:
-    """A local APIC could send an SMI, whose handler would run at guest-physical 0x38000 with all privileges."""
+    """This host switches the local APIC off. Another would let it send an SMI, whose handler runs at guest-physical
+    0x38000 with all privileges.
+    """
     attempts = {hex(gpa): maps(gpa=gpa) for gpa in (DEVICES.start, 0xFEE0_0000, DEVICES.stop - PAGE_SIZE)}
     attempts["from below"] = maps(gpa=DEVICES.start - PAGE_SIZE, size=2 * PAGE_SIZE)
     attempts["from above"] = maps(gpa=DEVICES.stop - PAGE_SIZE, size=2 * PAGE_SIZE)
@@ -567,6 +575,22 @@ def test_a_mapping_without_end_runs_out_of_memory(place: tuple[Host, State]) -> 
     arena.renew()
     assert arena.sandbox.call("Echo", "unharmed") == "unharmed"
     arena.close()
+
+
+def test_memory_that_a_guest_takes_from_under_itself_is_missing_for_the_kernel_part_too(arena: Arena) -> None:
+    """What it needs of the guest's memory is which vectors have handlers, and a stack."""
+    needed = symbols()["hl_handled_vectors"] & -PAGE_SIZE
+    assert arena.ruin(maps(needed)._replace(snippet="ud2 behind a service")) == "MmioReadUnmapped"
+    arena.renew()
+    assert str(arena.attack([maps()])[0]) == "survived with 0x1"
+    assert arena.ruin(Attempt("ud2 on a stack", FREE_GVA + 0x800)) == "MmioWriteUnmapped"
+    arena.renew()
+    assert arena.ruin(maps(needed)._replace(snippet="halt behind a service")) == "IoStackError"
+    with hyperlight.MultiUseSandbox.from_snapshot(arena.captured()) as other:  # which drops what lies nowhere
+        with pytest.raises(hyperlight.GuestAborted) as caught:
+            other.call("Echo", "x")
+    assert (caught.value.vector, caught.value.address) == (14, symbols()["hl_handled_vectors"])
+    assert caught.value.registers["cs"] == 8
 
 
 def test_questions_about_addresses_are_answered(arena: Arena) -> None:
@@ -616,7 +640,7 @@ IN_THE_GUESTS_MEMORY = {"below page 1", "begins in page 0", "begins in kernel te
 
 def test_aborts_with_a_frame_full_of_lies_say_what_it_says(arena: Arena) -> None:
     for rip in (0, kernel_range().start, PROC_CONTROL, EXCEPTION_STACK_TOP - 4, (1 << 64) - 4, *NON_CANONICAL):
-        assert arena.ruin(Attempt("abort", rip, rdx=13)) == "abort #GP(0x0)"
+        assert arena.ruin(Attempt("abort", rip, rdx=6)) == "abort #UD(0x0)"
         arena.renew()
     assert arena.ruin(Attempt("abort", 0, rdx=0xFF)) == "abort 15: "
 
@@ -626,7 +650,7 @@ def test_aborts_with_a_frame_full_of_lies_say_what_it_says(arena: Arena) -> None
 
 def test_handlers_see_nothing_that_the_exception_stack_held_before(arena: Arena) -> None:
     """FXSAVE leaves out 96 bytes, and some processors the address of the last x87 operation."""
-    (outcome,) = arena.attack([Attempt("leak", rsi=MAIN_STACK.stop - 32 * PAGE_SIZE)])
+    (outcome,) = arena.attack([Attempt("leak")])
     assert str(outcome) == "survived with 0x0"
 
 
@@ -646,14 +670,15 @@ def test_vectors_that_an_intruder_gives_to_interrupts(place: tuple[Host, State])
         0x28: "vector 40(0x0)",
         0x00: "#DE(0x0)",
         0x10: "#MF(0x0)",
-        0x18: "#GP(0xc2) #NP(0xc2)",
-        0xF8: "#GP(0x7c2) #NP(0x7c2)",
-        0x08: "abort #GP(0x0) abort #DF(",  # a frame that lacks the error code
+        0x18: "#GP(0xc2) | #NP(0xc2)",
+        0xF8: "#GP(0x7c2) | #NP(0x7c2)",
+        0x08: "abort #GP(0x0)",  # a frame that lacks the error code, where FXSAVE finds no aligned place
     }.items():
         if expected.startswith("vector"):
             assert str(arena.attack([Attempt("service", VECTOR, vector)])[0]) == "survived with 0x1"
         ended = arena.ruin(Attempt("own interrupts", vector, rdx=TURNS))
-        assert ended in expected or (vector == 8 and ended.startswith("abort #DF("))
+        kvm_pvm = vector == 8 and ended.startswith("abort #DF(")  # it takes any place, and the fields are shifted
+        assert ended in expected.split(" | ") or kvm_pvm
         arena.renew(opened_interrupts=True)
     arena.close()
 
@@ -667,11 +692,11 @@ def test_code_that_ends_where_addresses_end(place: tuple[Host, State]) -> None:
     arena, last = Arena(*place, SNIPPETS), (1 << 47) - PAGE_SIZE
     with memory.SharedMemory.anonymous(PAGE_SIZE, shared=True) as page:
         for code, expected in ((b"\xCC", "#BP(0x0)"), (b"\xF1", "#DB(0x0)"), (b"\xF4", "#GP(0x0)"),
-                               (b"\x90", f"#GP(0x0) #PF(0x14) at {1 << 47:#x}")):  # fmt: skip
+                               (b"\x90", f"#GP(0x0) | #PF(0x14) at {1 << 47:#x}")):  # fmt: skip
             page.write(PAGE_SIZE - 1, code)
             arena.sandbox.map_region(FREE_GPA, page, memory.MemoryRegionFlags.READ | memory.MemoryRegionFlags.EXECUTE)
             assert outcomes(arena, {"map": maps(last)}) == {"map": "survived with 0x1"}
-            assert str(arena.attack([Attempt("jump", (1 << 47) - 1)])[0]) in expected
+            assert str(arena.attack([Attempt("jump", (1 << 47) - 1)])[0]) in expected.split(" | ")
             arena.renew()
         arena.close()
 
@@ -703,20 +728,11 @@ ANY_ATTEMPT = st.one_of(
 )
 
 
-@contextlib.contextmanager
-def killed_after(arena: Arena, seconds: float) -> Iterator[None]:
-    watchdog = threading.Timer(seconds, arena.sandbox.interrupt_handle().kill)
-    watchdog.start()
-    yield
-    watchdog.cancel()
-    watchdog.join()
-
-
 @settings(max_examples=20 if missing("native_cpu") is None else 4, deadline=None)
 @given(attempts=st.lists(ANY_ATTEMPT, min_size=1, max_size=12))
 def test_whatever_is_tried_the_walls_stand(places: Arena, attempts: list[Attempt]) -> None:
     """Every call ends in an answer or an error of this library's; which, other tests say."""
-    with killed_after(places, 20), contextlib.suppress(hyperlight.HyperlightError):
+    with contextlib.suppress(hyperlight.HyperlightError):
         places.attack(attempts)
     places.renew(opened_interrupts=True)
 

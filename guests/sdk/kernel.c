@@ -232,9 +232,9 @@ static bool holds_page_of(uint64_t gpa, uint64_t size, uint64_t gva, uint64_t gv
 }
 
 /* Whether physical memory may be shown to the guest's own code: neither scratch, where the page tables are, nor the
- * image, where a snapshot may have moved any page of the kernel part, nor an APIC. A local APIC would send an SMI, whose
- * handler is code at gpa 0x38000 with all privileges. Hosts that do not tell where the image ends map it read-only,
- * or not: there the kernel part looks for its own pages. */
+ * image, where a snapshot may have moved any page of the kernel part, nor an APIC. A local APIC that a host has
+ * switched on would send an SMI, whose handler is code at gpa 0x38000 with all privileges. Hosts that do not tell where
+ * the image ends map it read-only, or not: there the kernel part looks for its own pages. */
 static bool is_mappable(uint64_t gpa, uint64_t size) {
     uint64_t scratch = MAX_GPA + 1 - *SCRATCH_SIZE_WORD, image_end = *IMAGE_END_WORD;
     if (gpa < image_end || gpa >= scratch || size > scratch - gpa
