@@ -302,27 +302,35 @@ static void discard(uint8_t *begin, uint64_t size) {
     must(madvise(begin, size, MADV_DONTNEED) == 0, "madvise");
 }
 
+static int any_in(const struct changes *changes, uint64_t begin, uint64_t end) {
+    for (uint64_t i = 0; i < changes->count; i++)
+        if (changes->pages[i] >= begin && changes->pages[i] < end)
+            return 1;
+    return 0;
+}
+
 /* Puts both memories back to the snapshot. Few changed pages are written over in place, which is cheaper than the
- * faults after a discard. Page tables must be discarded: KVM may shadow them. This floor is for guests in user mode
- * and the host's own copy-on-write, whose tables stay as they are. */
+ * faults after a discard. This floor is for guests in user mode and the host's own copy-on-write, whose tables stay as
+ * they are where KVM shadows them. Where it does not, the processor marks in them what it used, and all is discarded. */
 static void restore(struct vm *vm) {
     const struct image *image = vm->image;
-    uint64_t tables = image->scratch_tables_offset, tables_end = tables + image->tables_size;
+    uint64_t tables = image->scratch_tables_offset, scratch_from = 0, image_from = 0;
     struct changes in_image, in_scratch;
     must(find_changes(vm, vm->memory.scratch, image->scratch_size, &in_scratch) &&
          find_changes(vm, vm->memory.image, image->size, &in_image), "more pages have changed than this floor is for");
-    for (uint64_t i = 0; i < in_scratch.count; i++) {
-        must(in_scratch.pages[i] < tables || in_scratch.pages[i] >= tables_end, "page tables have changed");
-        memset(vm->memory.scratch + in_scratch.pages[i], 0, PAGE);
+    if (!any_in(&in_scratch, tables, tables + image->tables_size)) {
+        for (uint64_t i = 0; i < in_scratch.count; i++)
+            memset(vm->memory.scratch + in_scratch.pages[i], 0, PAGE);
+        for (uint64_t i = 0; i < in_image.count; i++) {
+            uint64_t at = in_image.pages[i];
+            must(pread((int)image->fd, vm->memory.image + at, PAGE, (off_t)at) == PAGE, "pread");
+        }
+        scratch_from = image_from = WINDOW;
     }
-    for (uint64_t i = 0; i < in_image.count; i++) {
-        uint64_t at = in_image.pages[i];
-        must(pread((int)image->fd, vm->memory.image + at, PAGE, (off_t)at) == PAGE, "pread");
-    }
-    if (image->scratch_size > WINDOW)
-        discard(vm->memory.scratch + WINDOW, image->scratch_size - WINDOW);
-    if (image->size > WINDOW)
-        discard(vm->memory.image + WINDOW, image->size - WINDOW);
+    if (image->scratch_size > scratch_from)
+        discard(vm->memory.scratch + scratch_from, image->scratch_size - scratch_from);
+    if (image->size > image_from)
+        discard(vm->memory.image + image_from, image->size - image_from);
     write_words(image, vm->memory);
     reset_vcpu(vm);
 }
