@@ -1250,6 +1250,12 @@ class Session:
         may_restart = self._extended and isinstance(self._target, Restart)
         return self.state is State.STOPPED or (self.state is State.EXITED and may_restart)
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether `resume` would do more than say CONTINUE."""
+        goes_on = self.state is State.RUNNING or self.state is State.DETACHED
+        return self._ended or self._goal.step or bool(self._breakpoints) or not goes_on
+
     def handle(self, payload: bytes) -> list[bytes]:
         """Execute one packet and return the replies."""
         self._note("<-", payload)
@@ -2105,6 +2111,13 @@ class DebugServer:
     def attached(self) -> bool:
         """Whether a debugger is connected."""
         return self._reader is not None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether `entered` would do more than say CONTINUE. If not, it and the call's `left` may be left out."""
+        if self._session is None:
+            return bool(self._inbox) or self._parted is not Resume.CONTINUE
+        return bool(self._inbox) or self._session.is_needed
 
     def entered(self) -> Resume:
         """Tell that a guest call begins, registers and memory being ready; return how to begin it.

@@ -1045,7 +1045,6 @@ class MultiUseSandbox:
         self._guest.core_dumps = self._config.guest_core_dump
         self._guest.observe(self._config.trace, self._config.memory_profile)
         if self._config.guest_debug_info is not None:
-            self._guest.vm.use_ioctls_for_registers()
             self._guest.debugger = _Debugger(self, self._guest, self._config.guest_debug_info)
         for file in files:
             self._guest.map_file(file)
@@ -2350,6 +2349,8 @@ class _Guest:
             self._reset_to = snapshot
         self.vm.reset(self._ram.translations_are_stale)
         self._ram.translations_are_stale = False
+        if self.debugger is not None:  # which may look before the next call sets them
+            self.vm.load(_VirtualMachine.pack(rip=0, rsp=0))
         self._set_entry(snapshot.entry, snapshot.stack_top, restored=True)
 
 
@@ -3370,14 +3371,14 @@ class _VirtualMachine:
         else:
             self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(registers))
 
-    def use_ioctls_for_registers(self) -> None:
-        """Set registers at once, not at the next entry: a debugger looks at them in between."""
-        self._syncs_registers = self._syncs_state = False
-        if self.page[_DIRTY_REGS] & _SREGS_EVENTS:  # what waits there would overwrite what is set from now on
+    def settle(self) -> None:
+        """Set now what waits for the next entry: a debugger is about to look at it, or to change it."""
+        if self.page[_DIRTY_REGS] & _SREGS_EVENTS:
             self._set_state()
         if self.page[_DIRTY_REGS]:
             self.page[_DIRTY_REGS] = 0
-            self.load(bytes(self.page[_SYNC_REGS : _SYNC_REGS + ctypes.sizeof(kvm_abi.kvm_regs)]))
+            regs = self.page[_SYNC_REGS : _SYNC_REGS + ctypes.sizeof(kvm_abi.kvm_regs)]
+            self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(regs))
 
     def registers(self) -> dict[str, int]:
         """Return the general registers by name."""
@@ -3918,6 +3919,7 @@ class _Debugger:
 
         self._rsp = gdb_rsp
         self._guest = guest
+        self._was_asked = False  # the server, in this run
         self.target = _DebugTarget(sandbox, guest)
         if not self.target.hardware_access():
             _logger.warning("this KVM emulates CPL 0: debuggers get no hardware breakpoints and no watchpoints")
@@ -3939,12 +3941,15 @@ class _Debugger:
 
     def entered(self) -> None:
         """A run begins: memory and registers are ready."""
-        self._go(self.server.entered)
+        if self.server.is_needed or self.target.is_armed:  # else a call costs what it costs without a debugger
+            self._go(self.server.entered)
 
     def left(self) -> None:
         """The run is over, one way or another."""
-        self.server.left()
-        self.target.leave()
+        if self._was_asked:
+            self._was_asked = False
+            self.server.left()
+            self.target.leave()
 
     def interrupted(self) -> bool:
         """KVM_RUN was interrupted: let the debugger speak if it wants to; return whether it did."""
@@ -3979,6 +3984,7 @@ class _Debugger:
         Return whether the debugger has put it back to an earlier state, from which it is to go on.
         """
         stop = self._rsp.Stop(_signal_of(failure))
+        self._was_asked = True
         self.target.show_crash(failure)
         action = self._rsp.Resume.STEP
         while self.target.has_crashed and action is self._rsp.Resume.STEP:
@@ -3994,6 +4000,7 @@ class _Debugger:
 
     def _go(self, ask: Callable[[], gdb_rsp.Resume]) -> None:
         """Arrange for the guest to go on as the debugger wants."""
+        self._was_asked = True
         self._guest.interrupt._acknowledge()  # before the server looks: a nudge that comes after must stay
         action = ask()
         if action is self._rsp.Resume.KILL:
@@ -4052,20 +4059,26 @@ class _DebugTarget:
         self._rsp = gdb_rsp
         self._sandbox = sandbox
         self._guest = guest
-        self._vcpu = guest.vm.vcpu
         self._reports_events = not cpl0_is_emulated()
-        self._control = kvm_abi.GuestDebug(0)
         self._hardware: list[gdb_rsp.HardwareBreakpoint] = []
         self._armed: tuple[Any, ...] = ()
         self._patches: dict[int, tuple[SharedMemory, int, int]] = {}
         self._traps: dict[int, int] = {}
+        self._trap_patches: list[int] = []
         self._stepping = False
         self._seeking = False  # steps that nobody asked for, until the guest's handlers are there
         self._trap_flag = False  # RFLAGS.TF is set, by us
         self._crash: GuestFailure | None = None
         self._own_trap: tuple[int, int] | None = None  # the guest's own int3 or #DB that was reported: vector, rip
+        self._own_handler: tuple[kvm_abi.kvm_regs, kvm_abi.kvm_sregs] | None = None  # where its own int3 had led
         self._checkpoint: _Checkpoint | None = None
         self._exits: collections.deque[bytes] = collections.deque(maxlen=_NOTED_EXITS)
+
+    @property
+    def _vcpu(self) -> kvm_abi.Vcpu:
+        """The vCPU, with all registers in it, not some still on the way."""
+        self._guest.vm.settle()
+        return self._guest.vm.vcpu
 
     # -- the lock (gdb_rsp.Idle) --
 
@@ -4079,9 +4092,17 @@ class _DebugTarget:
 
     def interrupt(self) -> None:
         """Make the guest's thread look at what the debugger wants."""
-        self._guest.interrupt._nudge()
+        try:
+            self._guest.interrupt._nudge()
+        except HyperlightError as error:  # no signal: then at the guest's next exit
+            _logger.warning("a debugger has to wait: %s", error)
 
     # -- run control, for _Debugger --
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether `prepare` has something to take back from before."""
+        return self._trap_flag or self._armed not in _NOTHING_ARMED
 
     def prepare(self, *, step: bool) -> None:
         """Arm debug registers, single step and traps for the next entry."""
@@ -4089,8 +4110,14 @@ class _DebugTarget:
         if self._reports_events or not (step or self._patches or self._trap_flag):
             self._set_guest_debug(step)
             return
+        self._enter_own_handler()
         at_cpl3 = self._vcpu.get_sregs().cs.dpl == 3
         self._set_traps()
+        if not at_cpl3 and self._vcpu.get_regs().rip in self._trap_patches:
+            self.lift_traps()
+            self._seeking, self._trap_flag = not step, False  # one step, to where a trap does not stop it at once
+            self._set_guest_debug(True)
+            return
         is_user_mode = self._guest.snapshot.elf.privilege.user_mode
         self._seeking = is_user_mode and not (at_cpl3 or step or self._traps)
         self._set_guest_debug(not at_cpl3 and (step or self._seeking))
@@ -4102,7 +4129,7 @@ class _DebugTarget:
         """Take the traps out: the run is over, and snapshots must not see them."""
         self.lift_traps()
         self._crash = self._own_trap = None
-        self._stepping = False
+        self._stepping = self._seeking = False
 
     @property
     def looks_for_handlers(self) -> bool:
@@ -4128,10 +4155,10 @@ class _DebugTarget:
         if kvm_abi.failed_instruction(kvm_run)[:1] != _INT3:
             return None
         regs = self._vcpu.get_regs()
-        if regs.rip in self._patches:
-            return self._rsp.Stop(_SIGTRAP, self._rsp.Reason.BREAKPOINT)
         vector = {handler: vector for vector, handler in self._traps.items()}.get(regs.rip)
-        return None if vector is None else self._leave_handler(vector, regs)
+        if vector is not None and (stop := self._leave_handler(vector, regs)) is not None:
+            return stop
+        return self._rsp.Stop(_SIGTRAP, self._rsp.Reason.BREAKPOINT) if regs.rip in self._patches else None
 
     def note_exit(self) -> None:
         """Remember the last exit for ``monitor exits``."""
@@ -4164,10 +4191,9 @@ class _DebugTarget:
         return self._rsp.Stop(_SIGTRAP)
 
     def _set_guest_debug(self, step: bool) -> None:
-        flags = kvm_abi.GuestDebug
-        control = flags.ENABLE | flags.USE_SW_BP | flags.USE_HW_BP
+        control = _REPORT_ALL
         if step:
-            control |= flags.SINGLESTEP
+            control |= kvm_abi.GuestDebug.SINGLESTEP
         if self._own_trap is not None:  # the guest's handler gets it once the debugger has seen it
             control |= self._injection_of(*self._own_trap)
             self._own_trap = None
@@ -4179,7 +4205,7 @@ class _DebugTarget:
             debug.arch.debugreg[slot] = breakpoint_.address
             debug.arch.debugreg[7] |= self._dr7_of(slot, breakpoint_)
         self._vcpu.set_guest_debug(debug)
-        self._armed, self._control = wanted, control
+        self._armed = wanted
 
     def _injection_of(self, vector: int, rip: int) -> kvm_abi.GuestDebug:
         """Return the flag that hands a trap to the guest, unless the debugger has sent it elsewhere."""
@@ -4213,19 +4239,21 @@ class _DebugTarget:
                 low, _, _, flags, middle, high, _ = _GATE.unpack(gate)
                 if flags & _GATE_PRESENT:
                     handler = low | middle << 16 | high << 32
-                    self._patch(handler)
+                    if handler not in self._patches:  # else the debugger has a breakpoint there
+                        self._patch(handler)
+                        self._trap_patches.append(handler)
                     self._traps[vector] = handler
 
     def lift_traps(self) -> None:
         """Put the handlers' own bytes back; which handlers they were stays known."""
-        for handler in self._traps.values():
-            if handler in self._patches:
-                self._unpatch(handler)
+        while self._trap_patches:
+            self._unpatch(self._trap_patches.pop())
 
     def _leave_handler(self, vector: int, regs: kvm_abi.kvm_regs) -> gdb_rsp.Stop | None:
         """Go back from a handler's first instruction to the code that it interrupted.
 
-        None if no CPU has pushed what lies on the stack: the guest has jumped there.
+        None if no CPU has pushed what lies on the stack: the guest has jumped there. And if the debugger has a
+        breakpoint there, and none where the handler came from.
         """
         try:
             frame = self._guest.physical.read_virt(self._cr3(), regs.rsp, _INTERRUPT_FRAME.size)
@@ -4238,8 +4266,13 @@ class _DebugTarget:
         reason = self._rsp.Reason.STEP if is_step else self._rsp.Reason.OTHER
         if not is_step and rip - 1 in self._patches:
             rip, reason = rip - 1, self._rsp.Reason.BREAKPOINT
-        regs.rip, regs.rsp, regs.rflags = rip, rsp, rflags & ~Rflags.TF
+        elif regs.rip in self._patches and not (is_step and self._trap_flag):
+            return None
         sregs = self._vcpu.get_sregs()
+        if reason is self._rsp.Reason.OTHER:
+            self._own_trap = vector, rip
+            self._own_handler = kvm_abi.kvm_regs.from_buffer_copy(regs), kvm_abi.kvm_sregs.from_buffer_copy(sregs)
+        regs.rip, regs.rsp, regs.rflags = rip, rsp, rflags & ~Rflags.TF
         dpl = cs & 3
         sregs.cs = kvm_abi.kvm_segment(
             selector=cs, limit=0xFFFFFFFF, type=0xB, present=1, dpl=dpl, s=1, l=1, g=1
@@ -4250,6 +4283,16 @@ class _DebugTarget:
         self._vcpu.set_sregs(sregs)
         self._vcpu.set_regs(regs)
         return self._rsp.Stop(_SIGTRAP, reason)
+
+    def _enter_own_handler(self) -> None:
+        """Go where the guest's own int3 had led, unless the debugger has sent it elsewhere."""
+        trap, handler = self._own_trap, self._own_handler
+        self._own_trap = self._own_handler = None
+        regs = self._vcpu.get_regs()
+        if trap is not None and handler is not None and regs.rip == trap[1]:
+            regs.rip, regs.rsp, regs.rflags = handler[0].rip, handler[0].rsp, handler[0].rflags
+            self._vcpu.set_sregs(handler[1])
+            self._vcpu.set_regs(regs)
 
     # -- registers (gdb_rsp.Target) --
 
@@ -4292,7 +4335,8 @@ class _DebugTarget:
         }
 
     def _read_general(self) -> dict[str, int]:
-        return {_GDB_NAMES.get(name, name): value for name, value in self._guest.vm.registers().items()}
+        regs = self._vcpu.get_regs()
+        return {_GDB_NAMES.get(name, name): getattr(regs, name) for name, *_ in regs._fields_}
 
     def _write_general(self, values: Mapping[str, int]) -> None:
         regs = self._vcpu.get_regs()
@@ -4493,6 +4537,7 @@ class _DebugTarget:
         """Put the guest back to its first snapshot, and its call back to the beginning."""
         self._patches.clear()
         self._traps.clear()
+        self._trap_patches.clear()
         self._crash = self._own_trap = None
         self._guest.start_again()
 
@@ -4582,6 +4627,7 @@ class _Checkpoint:
 
     def __init__(self, guest: _Guest) -> None:
         vcpu = guest.vm.vcpu
+        guest.vm.settle()
         guest.vm._complete_exit()
         self._guest = guest
         self._call, self._ram, self._abort_bytes = guest._begin_again, guest._ram, bytes(guest._abort_bytes)
@@ -4603,6 +4649,7 @@ class _Checkpoint:
             for offset, content in runs:
                 if mapping.read(offset, len(content)) != content:
                     mapping.write(offset, content)
+        vm.settle()
         vm._complete_exit()
         vm.vcpu.set_vcpu_events(self._events)
         vm.vcpu.set_xcrs(self._xcrs)
@@ -4625,6 +4672,8 @@ def _number_argument(arguments: Sequence[str], error: type[Exception]) -> int:
 
 
 _INT3 = b"\xcc"
+_REPORT_ALL = kvm_abi.GuestDebug.ENABLE | kvm_abi.GuestDebug.USE_SW_BP | kvm_abi.GuestDebug.USE_HW_BP
+_NOTHING_ARMED: tuple[Any, ...] = ((), (_REPORT_ALL, ()))
 _NOTED_EXITS = 32
 _NOTED_SIZE = kvm_abi.kvm_run.kvm_valid_regs.offset  # of kvm_run: all that describes an exit
 _GATE = struct.Struct("<HHBBHII")

@@ -17,7 +17,7 @@ from rawguest import ANSWER, GOOD, SCRATCH_GPA, build
 
 import kvm_abi
 import memory
-from hyperlight import MultiUseSandbox, Snapshot, UninitializedSandbox
+from hyperlight import DebugInfo, MultiUseSandbox, SandboxConfiguration, Snapshot, UninitializedSandbox
 from kvm_abi import Cr0, Cr4, Rflags, Vcpu, kvm_debugregs, kvm_fpu, kvm_regs, kvm_xsave
 
 pytestmark = [require("kvm"), require("gcc")]
@@ -115,6 +115,8 @@ def seen_by_guest(sandbox: MultiUseSandbox) -> tuple[dict[str, int], bytes]:
 
 
 def vcpu_of(sandbox: MultiUseSandbox) -> Vcpu:
+    """Return the vCPU, with everything in it that would otherwise go there with the next entry."""
+    sandbox._guest.vm.settle()
     return sandbox._guest.vm.vcpu
 
 
@@ -152,9 +154,9 @@ def dirty_xsave() -> kvm_xsave:
 
 @pytest.fixture
 def idle() -> Iterator[tuple[MultiUseSandbox, Snapshot]]:
-    """A sandbox whose vCPU a test fills with ioctls, and which sets general registers by ioctl, too."""
-    with UninitializedSandbox("simpleguest") as uninitialized, uninitialized.evolve() as sandbox:
-        sandbox._guest.vm.use_ioctls_for_registers()
+    """A sandbox whose vCPU a test fills with ioctls, and looks at between calls, as a debugger could."""
+    config = SandboxConfiguration(guest_debug_info=DebugInfo(wait=False))
+    with UninitializedSandbox("simpleguest", config) as uninitialized, uninitialized.evolve() as sandbox:
         yield sandbox, sandbox.snapshot()
 
 
