@@ -3376,9 +3376,9 @@ class _VirtualMachine:
         if self.page[_DIRTY_REGS] & _SREGS_EVENTS:
             self._set_state()
         if self.page[_DIRTY_REGS]:
-            self.page[_DIRTY_REGS] = 0
             regs = self.page[_SYNC_REGS : _SYNC_REGS + ctypes.sizeof(kvm_abi.kvm_regs)]
             self.vcpu.set_regs(kvm_abi.kvm_regs.from_buffer_copy(regs))
+            self.page[_DIRTY_REGS] = 0
 
     def registers(self) -> dict[str, int]:
         """Return the general registers by name."""

@@ -423,13 +423,14 @@ def test_step_leads_over_a_breakpoint_and_over_a_host_call() -> None:
     """F.13/13: a step over a software breakpoint, and over the OUT of a host call, ends at the next instruction."""
     idle, go_on = threading.Event(), threading.Event()
     outs: list[int] = []
+    sandboxes: list[MultiUseSandbox] = []
 
     def host_function() -> int:
-        assert debuggee.sandbox is not None
-        outs.append(out_before(debuggee.sandbox))
+        outs.append(out_before(sandboxes[0]))
         return 5
 
     def body(sandbox: MultiUseSandbox) -> list[int]:
+        sandboxes.append(sandbox)
         results = [sandbox.call("HostCallRepeat", "HostFunc", 1)]
         idle.set()
         assert go_on.wait(TIMEOUT_S)
