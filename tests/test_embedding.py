@@ -204,7 +204,7 @@ def test_recursion_that_ends_somewhere_in_a_call(snapshot: Snapshot, name: str) 
     with sandbox_meeting(snapshot) as sandbox, ThreadPoolExecutor(1) as other_thread:
         sandbox.call(name, *arguments)
         limit = sys.getrecursionlimit()
-        for frames in range(limit - 200, limit, 20 // rounds(20)):
+        for frames in range(limit - 200, limit):
             try:
                 go_down(sandbox, frames)
             except (RecursionError, ctypes.ArgumentError) as error:  # ctypes puts its own around what its arguments raise
