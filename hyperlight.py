@@ -574,8 +574,9 @@ def _read_guest(guest: StrPath | bytes) -> GuestElf:
         return GuestElf.parse(bytes(guest))
     path = find_guest(guest)
     try:
-        path = os.path.realpath(path, strict=True)
-        data = _read_regular_file(path)
+        with _open_regular_file(path) as file:
+            data = file.read()
+            path = os.readlink(f"/proc/self/fd/{file.fileno()}")  # far quicker than os.path.realpath()
     except OSError as error:
         raise GuestBinaryNotFound(error.errno, error.strerror, path) from error
     except ValueError as error:  # a NUL in the path
@@ -596,12 +597,6 @@ def _parsed(path: str, data: bytes) -> GuestElf:
             _parsed_guests.clear()
         _parsed_guests[path] = elf
     return elf
-
-
-def _read_regular_file(path: str) -> bytes:
-    """Return the bytes of the file at *path*; a device or a pipe might have no end."""
-    with _open_regular_file(path) as file:
-        return file.read()
 
 
 def _open_regular_file(path: StrPath) -> io.BufferedReader:
@@ -1612,27 +1607,39 @@ def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Sn
         heap_executable=config.executable_heap,
     )
     layout.check()
+    is_unlike_others = elf.path is None or environment.init_data
+    lay_out = _lay_out if is_unlike_others else _lay_out_once
+    return lay_out(elf, layout, config.copy_on_write, environment.init_data)
+
+
+def _lay_out(
+    elf: GuestElf, layout: SandboxMemoryLayout, copy_on_write: Literal["guest", "host"], init_data: bytes
+) -> Snapshot:
     tables = memory.build_page_tables(
         layout,
         memory.image_leaves(layout, elf.privilege),
-        copy_on_write=config.copy_on_write,
+        copy_on_write=copy_on_write,
         user_io=elf.privilege.user_mode,
     )
     layout = layout.with_pt_size(len(tables))
     pieces: list[tuple[int, bytes | bytearray]] = [
         (0, elf.load()),
         (layout.peb_offset, layout.peb_bytes()),
-        (layout.init_data_offset, environment.init_data),
+        (layout.init_data_offset, init_data),
         (layout.memory_size, tables),
     ]
     return Snapshot(
         layout=layout,
         memory=SharedMemory.sealed(layout.snapshot_size, pieces),
         elf=elf,
-        copy_on_write=config.copy_on_write,
+        copy_on_write=copy_on_write,
         entry=BASE_ADDRESS + elf.entry,
         stack_top=elf.exception_stack_top_gva - 8,
     )
+
+
+_lay_out_once = functools.lru_cache(maxsize=_PARSED_LIMIT)(_lay_out)
+"""Nobody can change an image: all sandboxes of a guest, with the same sizes, can start from one."""
 
 
 # ======================================================================================
@@ -1660,8 +1667,7 @@ class _Ram:
             )
             self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
             self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
-            self._pagemap = memory.PageMap()
-            undo.callback(self._pagemap.close)
+            self._pagemap: memory.PageMap | None = None  # until the first reset
             self._top = self._bookkeeping()
             self._write_bookkeeping()
             self._mappings = undo.pop_all()
@@ -1673,6 +1679,8 @@ class _Ram:
         has not: a VM that shadows them does not see what the host writes (spec/kvm-hosts.md 2.9), and holds on
         to translations of pages that are not taken away.
         """
+        if self._pagemap is None:
+            self._pagemap = self._mappings.enter_context(contextlib.closing(memory.PageMap()))
         scratch = self.scratch.changed(self._pagemap) if self.snapshot.elf.privilege.user_mode else None
         image = self.image.changed(self._pagemap) if scratch is not None else None
         layout = self.snapshot.layout
@@ -1680,7 +1688,7 @@ class _Ram:
         if (
             scratch is None
             or image is None
-            or any(offset < tables_end and tables < offset + size for offset, size in scratch)
+            or any(offset < tables_end and tables < offset + size for offset, size in scratch.runs)
         ):
             self.translations_are_stale = True
             self.image.discard()
@@ -2080,11 +2088,11 @@ class _Guest:
                 failure.__cause__ = self.host_failure
         if isinstance(failure, GuestAborted) and failure.frame is not None:
             self._fault = failure.frame, failure.registers  # not the failure: its traceback leads back here
-        if _dumps_by_itself(self.core_dumps) and not isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
-            self._attach_core_dump(failure)
-        if self.debugger is None or isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
+        if isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
             return False
-        return self.debugger.crashed(failure)
+        if _dumps_by_itself(self.core_dumps):
+            self._attach_core_dump(failure)
+        return self.debugger is not None and self.debugger.crashed(failure)
 
     def _explain_exception(self, failure: GuestAborted) -> None:
         """Read a CPU exception's text, and the registers that the guest saved (abi.md 11.4)."""
@@ -3059,7 +3067,8 @@ def _checked_msrs(indices: Sequence[int] | None) -> tuple[int, ...] | None:
     return unique
 
 
-def _msr_filter(allowed: Sequence[int]) -> kvm_abi.kvm_msr_filter:
+@functools.lru_cache(maxsize=16)
+def _msr_filter(allowed: tuple[int, ...]) -> kvm_abi.kvm_msr_filter:
     """Return the filter that denies all MSRs but those *allowed*. Raises ``MsrError`` where they are too far apart."""
     windows: list[list[int]] = []
     for index in sorted(set(allowed)):
@@ -3359,7 +3368,7 @@ class _VirtualMachine:
     @staticmethod
     def pack(rip: int, rsp: int, *, rflags: int = _RFLAGS_AT_ENTRY, **others: int) -> bytes:
         """Return kvm_regs with the registers named and zero in all others."""
-        return bytes(kvm_abi.kvm_regs(rip=rip, rsp=rsp, rflags=rflags, **others))
+        return _REGISTERS.pack(*{**_NO_REGISTERS, "rip": rip, "rsp": rsp, "rflags": rflags, **others}.values())
 
     def load(self, registers: bytes) -> None:
         """Set the general registers, given as kvm_regs, at the next entry."""
@@ -3382,8 +3391,7 @@ class _VirtualMachine:
 
     def registers(self) -> dict[str, int]:
         """Return the general registers by name."""
-        regs = self.vcpu.get_regs()
-        return {name: getattr(regs, name) for name, *_ in regs._fields_}
+        return dict(zip(_NO_REGISTERS, _REGISTERS.unpack(self.vcpu.get_regs()), strict=True))
 
     def load_sregs(self, sregs: kvm_abi.kvm_sregs) -> None:
         """Set the special registers, and drop whatever translations KVM holds.
@@ -3475,6 +3483,10 @@ _SYNC_REGS = kvm_abi.kvm_run.s.offset
 _SYNC_SREGS = _SYNC_REGS + kvm_abi.kvm_sync_regs.sregs.offset
 _SYNC_EVENTS = _SYNC_REGS + kvm_abi.kvm_sync_regs.events.offset
 
+_NO_REGISTERS = {name: 0 for name, *_ in kvm_abi.kvm_regs._fields_}
+_REGISTERS = struct.Struct(f"<{len(_NO_REGISTERS)}Q")
+"""kvm_regs."""
+
 _MAX_EXITS_OF_AN_ACCESS = 16
 
 _INITIAL_FPU = kvm_abi.kvm_fpu(fcw=0x37F, mxcsr=0x1F80)
@@ -3504,11 +3516,17 @@ def _initial_xsave() -> kvm_abi.kvm_xsave:
 
 def _initial_sregs(cr3: int) -> kvm_abi.kvm_sregs:
     """Return long mode at CPL 0 with paging on and no descriptor tables (abi.md 6.2)."""
+    sregs = kvm_abi.kvm_sregs.from_buffer_copy(_long_mode())
+    sregs.cr3 = cr3
+    return sregs
+
+
+@functools.cache
+def _long_mode() -> kvm_abi.kvm_sregs:
     sregs = kvm_abi.kvm_sregs()
     sregs.cs.type, sregs.cs.s, sregs.cs.present, sregs.cs.l = 0xB, 1, 1, 1
     sregs.tr.limit, sregs.tr.type, sregs.tr.present = 0xFFFF, 0xB, 1
     sregs.cr0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.AM | Cr0.PG
-    sregs.cr3 = cr3
     sregs.cr4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
     sregs.efer = Efer.SCE | Efer.LME | Efer.LMA | Efer.NX
     return sregs

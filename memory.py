@@ -55,7 +55,7 @@ import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from functools import lru_cache, partial
@@ -423,7 +423,6 @@ _MAX_MAPPING_SIZE = 1 << 46  # a quarter of what x86-64 Linux gives a process: a
 # (Documentation/admin-guide/mm/pagemap.rst).
 _IS_BACKED = bytes(int(top & 0xC0 != 0) for top in range(256))
 _IS_CHANGED = bytes(int(top & 0xC0 != 0 and top & 0x20 == 0) for top in range(256))  # bit 61: "a file's page"
-_REVERT_WINDOW = 1 << 20  # bytes at the begin of a mapping in which changed pages are looked for
 _MAX_REVERTED_PAGES = 64
 _POPULATED_RUN = re.compile(b"\1{1,256}")
 
@@ -693,15 +692,15 @@ class SharedMemory:
         if _libc.madvise(self._address + offset, size, _MADV_DONTNEED):
             raise MmapFailed(ctypes.get_errno(), "madvise(MADV_DONTNEED) failed")
 
-    def changed(self, pagemap: PageMap) -> list[tuple[int, int]] | None:
-        """Return the (offset, size) runs of pages that `revert` has to write; None where `discard` is the better way.
+    def changed(self, pagemap: PageMap) -> ChangedPages | None:
+        """Return the pages that `revert` has to write; None where `discard` is the better way.
 
         That is, where many pages have changed, or which ones cannot be known.
         """
         self._check_open()
-        return pagemap.changed(self._address, min(self._size, _REVERT_WINDOW))
+        return pagemap.changed(self._address, self._size)
 
-    def revert(self, changed: Iterable[tuple[int, int]]) -> None:
+    def revert(self, changed: ChangedPages) -> None:
         """Make every page read as the file behind it, or as zeros, as `discard` does.
 
         A discarded page costs a fault at the next access, and more than one inside a VM. Few pages are far
@@ -713,10 +712,10 @@ class SharedMemory:
         if self._shared or self._write_limit < 0:
             self._check_open()
             raise HyperlightError("only a private, writable mapping can be reverted")
-        for offset, size in changed:
+        for offset, size in changed.runs:
             self._revert_run(offset, size)
-        if self._size > _REVERT_WINDOW:
-            self.discard(_REVERT_WINDOW)
+        if changed.end < self._size:
+            self.discard(changed.end)
 
     def overlay(self, offset: int, source: SharedMemory, source_offset: int, size: int) -> None:
         """Show part of the file behind another memory, privately, instead of the pages at `offset`.
@@ -906,6 +905,15 @@ class _Extent:
         weakref.finalize(self, _libc.munmap, address, size).atexit = False  # a daemon thread may still run a guest
 
 
+class ChangedPages(NamedTuple):
+    """Pages of a private mapping that were written to."""
+
+    runs: Sequence[tuple[int, int]]
+    """(offset, size) of each."""
+    end: int
+    """Where the search ended: of what lies beyond nothing is known."""
+
+
 class PageMap:
     """The kernel's map of this process's pages: which of them are copies of its own.
 
@@ -919,12 +927,39 @@ class PageMap:
             self._fd = -1
         self._finalizer = weakref.finalize(self, _close_unless_missing, self._fd)
         self._finalizer.atexit = False
+        self._found = (ctypes.c_uint64 * (3 * _MAX_REVERTED_PAGES))()  # struct page_region: start, end, categories
+        self._order = _pm_scan_arg(
+            size=ctypes.sizeof(_pm_scan_arg),
+            vec=ctypes.addressof(self._found),
+            vec_len=_MAX_REVERTED_PAGES,
+            max_pages=_MAX_REVERTED_PAGES + 1,
+            category_inverted=_PAGE_IS_FILE | _PAGE_IS_PFNZERO,
+            category_mask=_PAGE_IS_FILE | _PAGE_IS_PFNZERO,
+            category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,
+        )
+        self._scan: Callable[[], int] | None = partial(_libc.ioctl, self._fd, _PAGEMAP_SCAN, ctypes.byref(self._order))
 
-    def changed(self, address: int, size: int) -> list[tuple[int, int]] | None:
-        """Return (offset, size) of the runs of pages that were written to in a private mapping.
+    def changed(self, address: int, size: int) -> ChangedPages | None:
+        """Return the pages that were written to in the private mapping at *address*, an hva.
 
         None where that cannot be known, or where there are many.
         """
+        if self._scan is None:
+            return self._read(address, size)
+        order = self._order
+        order.start, order.end = address, address + size
+        if (count := self._scan()) < 0:  # Linux has it since 6.7
+            self._scan = None
+            return self._read(address, size)
+        found = self._found[: 3 * count]
+        runs = [(start - address, end - start) for start, end in zip(found[::3], found[1::3], strict=True)]
+        if order.walk_end < address + size or sum(run[1] for run in runs) > _MAX_REVERTED_PAGES * PAGE_SIZE:
+            return None
+        return ChangedPages(runs, size)
+
+    def _read(self, address: int, size: int) -> ChangedPages | None:
+        """Look at one entry for each page, and so not at all of them."""
+        size = min(size, _READ_WINDOW)
         try:
             entries = os.pread(self._fd, size // PAGE_SIZE * 8, address // PAGE_SIZE * 8)
         except OSError:
@@ -932,12 +967,30 @@ class PageMap:
         pages = entries[7::8].translate(_IS_CHANGED)
         if len(pages) != size // PAGE_SIZE or pages.count(1) > _MAX_REVERTED_PAGES:
             return None
-        return [(run.start() * PAGE_SIZE, len(run[0]) * PAGE_SIZE) for run in _POPULATED_RUN.finditer(pages)]
+        runs = [(run.start() * PAGE_SIZE, len(run[0]) * PAGE_SIZE) for run in _POPULATED_RUN.finditer(pages)]
+        return ChangedPages(runs, size)
 
     def close(self) -> None:
         """Close the file; afterwards nothing is known."""
         self._finalizer()
-        self._fd = -1
+        self._fd, self._scan = -1, None
+
+
+class _pm_scan_arg(ctypes.Structure):
+    """What PAGEMAP_SCAN takes (<linux/fs.h> since 6.7)."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages"),
+            *("category_inverted", "category_mask", "category_anyof_mask", "return_mask"),
+        )
+    ]
+
+
+_PAGEMAP_SCAN = 3 << 30 | ctypes.sizeof(_pm_scan_arg) << 16 | ord("f") << 8 | 16
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_PFNZERO = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+_READ_WINDOW = 1 << 20  # bytes at the begin of a mapping: reading more entries costs more than a discard
 
 
 def _close_unless_missing(fd: int) -> None:
@@ -1919,7 +1972,7 @@ class _Section(NamedTuple):
     link: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GuestElf:
     """A guest's ELF file, checked and ready to load.
 
@@ -2442,11 +2495,9 @@ class IoStack:
 
     def drain(self) -> None:
         """Pop until the stack is empty or corrupt. Each pop lowers the stack pointer: this ends."""
-        try:
-            while True:
+        with suppress(IoStackError):
+            while not self.is_empty:
                 self.pop()
-        except IoStackError:
-            return
 
     def _refuse_push(self, data: bytes, top: int) -> NoReturn:
         available = self._size - top

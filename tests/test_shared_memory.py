@@ -526,9 +526,17 @@ def test_discarded_file_pages_read_as_the_file() -> None:
         assert mapping.read(0, SIZE) == b"\xee" * 2 * PAGE_SIZE + pattern(SIZE)[2 * PAGE_SIZE :]
 
 
-def test_reverted_pages_read_as_the_file_the_overlay_or_zero() -> None:
+@pytest.fixture(params=["scanned", "read"])
+def pagemap(request: pytest.FixtureRequest) -> Iterator[memory.PageMap]:
+    """As the kernel offers it, and as Linux before 6.7 does."""
+    with contextlib.closing(memory.PageMap()) as pagemap:
+        if request.param == "read":
+            pagemap._scan = None
+        yield pagemap
+
+
+def test_reverted_pages_read_as_the_file_the_overlay_or_zero(pagemap: memory.PageMap) -> None:
     with (
-        contextlib.closing(memory.PageMap()) as pagemap,
         sealed_pattern() as snapshot,
         snapshot.map_private() as image,
         SharedMemory.anonymous(SIZE) as scratch,
@@ -543,16 +551,22 @@ def test_reverted_pages_read_as_the_file_the_overlay_or_zero() -> None:
             for mapping in (image, scratch):
                 changed = mapping.changed(pagemap)
                 assert changed is not None
-                assert {page for start, size in changed for page in range(start, start + size, PAGE_SIZE)} >= set(touched)
+                assert {page for start, size in changed.runs for page in range(start, start + size, PAGE_SIZE)} >= set(touched)
                 mapping.revert(changed)
             assert image.read(0, SIZE) == pattern(SIZE)
             assert scratch.read(0, SIZE) == original
 
 
-def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones() -> None:
-    with contextlib.closing(memory.PageMap()) as pagemap, SharedMemory.anonymous(65 * PAGE_SIZE) as mapping:
+def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones(pagemap: memory.PageMap) -> None:
+    with SharedMemory.anonymous(66 * PAGE_SIZE) as mapping:
         mapping.fill(0, 64 * PAGE_SIZE, 1)
-        assert mapping.changed(pagemap) == [(0, 64 * PAGE_SIZE)]
+        assert mapping.changed(pagemap) == ([(0, 64 * PAGE_SIZE)], 66 * PAGE_SIZE)
+        mapping.discard()
+        for page in range(0, 66, 2):  # each a run of its own
+            mapping.write_u8(page * PAGE_SIZE, 1)
+        changed = mapping.changed(pagemap)
+        assert changed is not None
+        assert changed.runs == [(page * PAGE_SIZE, PAGE_SIZE) for page in range(0, 66, 2)]
         mapping.fill(0, 65 * PAGE_SIZE, 1)
         assert mapping.changed(pagemap) is None
         pagemap.close()
@@ -560,8 +574,14 @@ def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones() -> No
         assert mapping.changed(pagemap) is None
 
 
-def test_what_lies_beyond_the_first_mebibyte_is_reverted_too() -> None:
-    with contextlib.closing(memory.PageMap()) as pagemap, SharedMemory.anonymous(2 << 20) as mapping:
+def test_pages_that_were_only_read_have_not_changed() -> None:
+    with contextlib.closing(memory.PageMap()) as pagemap, sealed_pattern() as snapshot, snapshot.map_private() as mapping:
+        assert mapping.read(0, SIZE) == pattern(SIZE)
+        assert mapping.changed(pagemap) == ([], SIZE)
+
+
+def test_what_lies_beyond_the_first_mebibyte_is_reverted_too(pagemap: memory.PageMap) -> None:
+    with SharedMemory.anonymous(2 << 20) as mapping:
         mapping.write(PAGE_SIZE, b"near")
         mapping.write((1 << 20) + PAGE_SIZE, b"far")
         changed = mapping.changed(pagemap)
@@ -572,7 +592,7 @@ def test_what_lies_beyond_the_first_mebibyte_is_reverted_too() -> None:
 
 def test_only_private_writable_memory_can_be_reverted(tmp_path: Path) -> None:
     with SharedMemory.memfd(PAGE_SIZE) as shared, pytest.raises(HyperlightError, match="private"):
-        shared.revert([])
+        shared.revert(memory.ChangedPages([], 0))
     path = tmp_path / "file"
     path.write_bytes(bytes(PAGE_SIZE))
     with (
@@ -580,7 +600,7 @@ def test_only_private_writable_memory_can_be_reverted(tmp_path: Path) -> None:
         SharedMemory.from_fd(file.fileno(), PAGE_SIZE) as mapping,
         pytest.raises(HyperlightError, match="writable"),
     ):
-        mapping.revert([])
+        mapping.revert(memory.ChangedPages([], 0))
 
 
 def test_only_whole_private_pages_can_be_discarded(shared: SharedMemory) -> None:

@@ -261,17 +261,17 @@ def test_impossible_msrs_are_refused(indices: Any, message: str) -> None:
 
 
 def test_a_filter_allows_exactly_what_was_asked_for() -> None:
-    allowed = [0, 1, 64, 0x2FFF, 0x3000, 0xC0000082, 0xC0000100, 0xFFFFFFFF]
+    allowed = (0, 1, 64, 0x2FFF, 0x3000, 0xC0000082, 0xC0000100, 0xFFFFFFFF)
     found = []
     for entry in hyperlight._msr_filter(allowed).ranges:
         assert entry.nmsrs <= 0x3000
         found += [entry.base + bit for bit in range(entry.nmsrs) if entry.bitmap[bit // 8] >> bit % 8 & 1]
-    assert found == allowed
+    assert found == [*allowed]
 
 
 def test_msrs_that_no_filter_can_hold_are_refused() -> None:
     with pytest.raises(MsrError, match="too far apart"):
-        hyperlight._msr_filter([index << 16 for index in range(17)])
+        hyperlight._msr_filter(tuple(index << 16 for index in range(17)))
 
 
 def test_msrs_are_normalised() -> None:

@@ -25,22 +25,16 @@
 #include "simpleguest_compute.h"
 
 enum { PORT_CALL_HOST = 101, PORT_HALT = 108 };
-enum { EMPTY_STACK = 8, PAGE = 4096, MAX_PIECES = 4, MAX_WORDS = 8, BASE_ADDRESS = 0x1000 };
+enum { EMPTY_STACK = 8, PAGE = 4096, MAX_WORDS = 8, BASE_ADDRESS = 0x1000 };
 
 /* ---- What floor.py hands over; floor.py spells the same in `struct` codes ------------------------------------- */
 
-struct piece {          /* of the image: bytes of the job file, to be written at an offset */
-    uint64_t offset, begin, size;
-};
-
 struct image {
-    uint64_t fd;        /* memory file; for an image that is built anew each time, only its pieces count */
+    uint64_t fd;        /* memory file */
     uint64_t size, memory_size, tables_size;
     uint64_t scratch_size, scratch_gpa, scratch_tables_offset, input_size, output_size;
     uint64_t writable;  /* by the guest: whether this machine's kernel copies at the first write */
     struct { uint64_t offset, value; } words[MAX_WORDS];
-    uint64_t piece_count;
-    struct piece pieces[MAX_PIECES];
     struct kvm_regs entry, next_entry;
     struct kvm_sregs sregs;
     struct kvm_xcrs xcrs;
@@ -112,20 +106,8 @@ static void write_words(const struct image *image, struct memory memory) {
     write_u64(memory.scratch + image->input_size, EMPTY_STACK);
 }
 
-/* Makes a sealed memory file of an image's pieces. */
-static int build_image(const struct image *image) {
-    int fd = memfd_create("floor", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    must(fd >= 0 && ftruncate(fd, (off_t)image->size) == 0, "memfd");
-    for (uint64_t i = 0; i < image->piece_count; i++) {
-        const struct piece *piece = &image->pieces[i];
-        ssize_t written = pwrite(fd, job_bytes + piece->begin, piece->size, (off_t)piece->offset);
-        must(written == (ssize_t)piece->size, "pwrite");
-    }
-    must(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) == 0, "F_ADD_SEALS");
-    return fd;
-}
-
-static struct memory map_memory(const struct image *image, int fd) {
+static struct memory map_memory(const struct image *image) {
+    int fd = (int)image->fd;
     struct memory memory = {map_between_guards(image->size, fd), map_between_guards(image->scratch_size, -1)};
     void *tables = mmap(memory.scratch + image->scratch_tables_offset, image->tables_size, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)image->memory_size);
@@ -161,8 +143,8 @@ static void filter_msrs(int vm_fd) {
     must(ioctl(vm_fd, KVM_X86_SET_MSR_FILTER, &filter) == 0, "KVM_X86_SET_MSR_FILTER");
 }
 
-static struct vm create_vm(const struct image *image, int fd) {
-    struct vm vm = {.image = image, .memory = map_memory(image, fd)};
+static struct vm create_vm(const struct image *image) {
+    struct vm vm = {.image = image, .memory = map_memory(image), .pagemap_fd = -1};
     do /* the kernel gives up where a signal is pending */
         vm.vm_fd = ioctl(kvm_fd, KVM_CREATE_VM, 0);
     while (vm.vm_fd < 0 && errno == EINTR);
@@ -175,7 +157,6 @@ static struct vm create_vm(const struct image *image, int fd) {
     if (job->filters_msrs) /* not straight after the slots: KVM would wait for milliseconds */
         filter_msrs(vm.vm_fd);
     vm.run_size = ioctl(kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
-    vm.pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     vm.run = mmap(NULL, (size_t)vm.run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vm.vcpu_fd, 0);
     must(vm.run != MAP_FAILED, "mmap of kvm_run");
     return vm;
@@ -183,7 +164,8 @@ static struct vm create_vm(const struct image *image, int fd) {
 
 static void close_vm(struct vm *vm) {
     munmap(vm->run, (size_t)vm->run_size);
-    close(vm->pagemap_fd);
+    if (vm->pagemap_fd >= 0)
+        close(vm->pagemap_fd);
     close(vm->vcpu_fd);
     close(vm->vm_fd);
     unmap_between_guards(vm->memory.image, vm->image->size);
@@ -280,22 +262,65 @@ enum { WINDOW = 1 << 20, MAX_CHANGED = 64 };
 
 struct changes {
     uint64_t count, pages[MAX_CHANGED]; /* offsets */
+    uint64_t end;                       /* of the search */
 };
+
+static int add_changed(struct changes *changes, uint64_t page) {
+    if (changes->count == MAX_CHANGED)
+        return 0;
+    changes->pages[changes->count++] = page;
+    return 1;
+}
+
+/* <linux/fs.h> since 6.7 */
+struct scan_order {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+struct scan_region {
+    uint64_t start, end, categories;
+};
+#define SCAN_PAGEMAP _IOWR('f', 16, struct scan_order)
+enum { IS_FILE = 1 << 2, IS_PRESENT = 1 << 3, IS_SWAPPED = 1 << 4, IS_ZERO = 1 << 5 };
+
+/* As find_changes; returns -1 where the kernel is older. */
+static int scan_changes(const struct vm *vm, const uint8_t *begin, uint64_t size, struct changes *changes) {
+    static struct scan_region found[MAX_CHANGED];
+    struct scan_order order = {
+        .size = sizeof order, .start = (uint64_t)begin, .end = (uint64_t)begin + size, .vec = (uint64_t)found,
+        .vec_len = MAX_CHANGED, .max_pages = MAX_CHANGED + 1, .category_inverted = IS_FILE | IS_ZERO,
+        .category_mask = IS_FILE | IS_ZERO, .category_anyof_mask = IS_PRESENT | IS_SWAPPED};
+    int count = ioctl(vm->pagemap_fd, SCAN_PAGEMAP, &order);
+    if (count < 0)
+        return -1;
+    for (int i = 0; i < count; i++)
+        for (uint64_t page = found[i].start; page < found[i].end; page += PAGE)
+            if (!add_changed(changes, page - (uint64_t)begin))
+                return 0;
+    changes->end = size;
+    return order.walk_end == order.end;
+}
+
+static int read_changes(const struct vm *vm, const uint8_t *begin, uint64_t size, struct changes *changes) {
+    static uint64_t entries[WINDOW / PAGE];
+    changes->end = size < WINDOW ? size : WINDOW;
+    size_t count = changes->end / PAGE, bytes = count * sizeof *entries;
+    ssize_t got = pread(vm->pagemap_fd, entries, bytes, (off_t)((uint64_t)begin / PAGE * sizeof *entries));
+    must(got == (ssize_t)bytes, "pagemap");
+    for (uint64_t i = 0; i < count; i++)
+        if (entries[i] >> 62 && !(entries[i] >> 61 & 1)) /* there, or swapped out; and not a file's page */
+            if (!add_changed(changes, i * PAGE))
+                return 0;
+    return 1;
+}
 
 /* Finds the pages of a private mapping that were written to; returns 0 where there are many. */
 static int find_changes(const struct vm *vm, const uint8_t *begin, uint64_t size, struct changes *changes) {
-    static uint64_t entries[WINDOW / PAGE];
-    size_t count = (size < WINDOW ? size : WINDOW) / PAGE, bytes = count * sizeof *entries;
-    ssize_t got = pread(vm->pagemap_fd, entries, bytes, (off_t)((uint64_t)begin / PAGE * sizeof *entries));
-    must(got == (ssize_t)bytes, "pagemap");
+    static int can_scan = 1;
     changes->count = 0;
-    for (uint64_t i = 0; i < count; i++)
-        if (entries[i] >> 62 && !(entries[i] >> 61 & 1)) { /* there, or swapped out; and not a file's page */
-            if (changes->count == MAX_CHANGED)
-                return 0;
-            changes->pages[changes->count++] = i * PAGE;
-        }
-    return 1;
+    int found = can_scan ? scan_changes(vm, begin, size, changes) : -1;
+    can_scan = found >= 0;
+    return can_scan ? found : read_changes(vm, begin, size, changes);
 }
 
 static void discard(uint8_t *begin, uint64_t size) {
@@ -316,6 +341,8 @@ static void restore(struct vm *vm) {
     const struct image *image = vm->image;
     uint64_t tables = image->scratch_tables_offset, scratch_from = 0, image_from = 0;
     struct changes in_image, in_scratch;
+    if (vm->pagemap_fd < 0)
+        vm->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     must(find_changes(vm, vm->memory.scratch, image->scratch_size, &in_scratch) &&
          find_changes(vm, vm->memory.image, image->size, &in_image), "more pages have changed than this floor is for");
     if (!any_in(&in_scratch, tables, tables + image->tables_size)) {
@@ -325,7 +352,8 @@ static void restore(struct vm *vm) {
             uint64_t at = in_image.pages[i];
             must(pread((int)image->fd, vm->memory.image + at, PAGE, (off_t)at) == PAGE, "pread");
         }
-        scratch_from = image_from = WINDOW;
+        scratch_from = in_scratch.end;
+        image_from = in_image.end;
     }
     if (image->scratch_size > scratch_from)
         discard(vm->memory.scratch + scratch_from, image->scratch_size - scratch_from);
@@ -336,19 +364,16 @@ static void restore(struct vm *vm) {
 }
 
 static struct vm from_snapshot(void) {
-    struct vm vm = create_vm(&job->ready, (int)job->ready.fd);
+    struct vm vm = create_vm(&job->ready);
     set_platform(&vm);
     load_state(&vm);
     vm.is_restored = 1;
     return vm;
 }
 
-/* Builds the image, creates the VM and runs the guest's own initialisation. */
+/* Creates the VM and runs the guest's own initialisation. */
 static struct vm create_initialized(void) {
-    int fd = job->fresh.piece_count ? build_image(&job->fresh) : (int)job->fresh.fd;
-    struct vm vm = create_vm(&job->fresh, fd);
-    if (job->fresh.piece_count)
-        close(fd);
+    struct vm vm = create_vm(&job->fresh);
     must(ioctl(vm.vcpu_fd, KVM_SET_SREGS, &job->fresh.sregs) == 0, "KVM_SET_SREGS");
     load(&vm, &job->fresh.entry);
     must(run_until_halt(&vm, &job->echo), "interrupted");

@@ -113,9 +113,9 @@ class Floor:
 
 # ---- the job: what floor.c reads. Its structs are spelled here in the same order -------------------------------
 
-_MAX_WORDS, _MAX_PIECES = 8, 4
+_MAX_WORDS = 8
 _IMAGE = struct.Struct(
-    f"<10Q{2 * _MAX_WORDS}Q1Q{3 * _MAX_PIECES}Q"
+    f"<10Q{2 * _MAX_WORDS}Q"
     f"{2 * ctypes.sizeof(kvm_abi.kvm_regs)}s{ctypes.sizeof(kvm_abi.kvm_sregs)}s{ctypes.sizeof(kvm_abi.kvm_xcrs)}s"
 )
 _HEADER = struct.Struct("<4Q")
@@ -162,8 +162,8 @@ def _job(sandbox: MultiUseSandbox, ready: Snapshot, fresh: Snapshot) -> tuple[by
     signal_number = hyperlight.signal.SIGRTMIN + sandbox._config.interrupt_vcpu_sigrtmin_offset
     structs = [
         _HEADER.pack(int(ready.elf.privilege.resets_fpu), filters, cpuid, signal_number),
-        _image(fresh, _first_entry(fresh), bytes(hyperlight._initial_sregs(fresh.layout.pt_base_gpa)), blobs),
-        _image(ready, b"".join(entries), _restored_sregs(ready), blobs),
+        _image(fresh, _first_entry(fresh), bytes(hyperlight._initial_sregs(fresh.layout.pt_base_gpa))),
+        _image(ready, b"".join(entries), _restored_sregs(ready)),
         *(_CONVERSATION.pack(*(number for part in talk for number in blobs.add(part))) for talk in talks),
     ]
     job = b"".join(structs)
@@ -171,25 +171,17 @@ def _job(sandbox: MultiUseSandbox, ready: Snapshot, fresh: Snapshot) -> tuple[by
     return job + blobs.data, [descriptor for each in (ready, fresh) if (descriptor := each.memory.fileno()) is not None]
 
 
-def _image(snapshot: Snapshot, entries: bytes, sregs: bytes, blobs: _Blobs) -> bytes:
+def _image(snapshot: Snapshot, entries: bytes, sregs: bytes) -> bytes:
     layout = snapshot.layout
     words = [each for pair in _recorded_words(snapshot) for each in pair]
-    pieces = [] if snapshot.is_initialized else _pieces(snapshot, blobs)
     return _IMAGE.pack(
         snapshot.memory.fileno(),
         *(layout.snapshot_size, layout.memory_size, layout.pt_size),
         *(layout.scratch_size, layout.scratch_base_gpa, layout.page_table_scratch_offset),
         *(layout.input_data_size, layout.output_data_size, int(snapshot.copy_on_write == "host")),
         *words, *[0] * (2 * _MAX_WORDS - len(words)),
-        len(pieces) // 3, *pieces, *[0] * (3 * _MAX_PIECES - len(pieces)),
         entries, sregs, snapshot.platform.xcrs,
     )  # fmt: skip
-
-
-def _pieces(snapshot: Snapshot, blobs: _Blobs) -> list[int]:
-    """Return (offset, place in the job, size) of each part of a fresh image that is not zero."""
-    runs = snapshot.memory.populated(0, snapshot.layout.snapshot_size)
-    return [number for offset, size in runs for number in (offset, *blobs.add(snapshot.memory.read(offset, size)))]
 
 
 def _recorded_words(snapshot: Snapshot) -> list[tuple[int, int]]:
