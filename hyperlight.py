@@ -514,11 +514,12 @@ class SandboxConfiguration:
 class GuestEnvironment:
     """A guest together with its init data: a blob that the guest finds in its memory (abi.md 3).
 
-    ``guest`` is a path, the name of a guest that came with this library, or the ELF's bytes.
+    ``guest`` is a path, the name of a guest that came with this library, the ELF's bytes, or what
+    ``GuestElf.parse`` made of them: then no file is read again.
     ``init_data_flags`` are the guest's rights; pages are always readable.
     """
 
-    guest: StrPath | bytes
+    guest: StrPath | bytes | GuestElf
     init_data: bytes = b""
     init_data_flags: MemoryRegionFlags = MemoryRegionFlags.READ
 
@@ -569,7 +570,9 @@ _PREBUILT_GUESTS = (  # in a checkout or a vendored copy; where pip puts them
 )
 
 
-def _read_guest(guest: StrPath | bytes) -> GuestElf:
+def _read_guest(guest: StrPath | bytes | GuestElf) -> GuestElf:
+    if isinstance(guest, GuestElf):
+        return guest
     if isinstance(guest, (bytes, bytearray, memoryview)):
         return GuestElf.parse(bytes(guest))
     path = find_guest(guest)
@@ -834,7 +837,7 @@ class UninitializedSandbox:
     """
 
     def __init__(
-        self, guest: StrPath | bytes | GuestEnvironment, config: SandboxConfiguration | None = None
+        self, guest: StrPath | bytes | GuestElf | GuestEnvironment, config: SandboxConfiguration | None = None
     ) -> None:
         environment = guest if isinstance(guest, GuestEnvironment) else GuestEnvironment(guest)
         self._config = config or SandboxConfiguration()
@@ -1607,7 +1610,7 @@ def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Sn
         heap_executable=config.executable_heap,
     )
     layout.check()
-    is_unlike_others = elf.path is None or environment.init_data
+    is_unlike_others = isinstance(environment.guest, (bytes, bytearray, memoryview)) or environment.init_data
     lay_out = _lay_out if is_unlike_others else _lay_out_once
     return lay_out(elf, layout, config.copy_on_write, environment.init_data)
 
@@ -1705,9 +1708,9 @@ class _Ram:
 
     def physical_view(self) -> memory.GuestMemory:
         """Return the guest-physical address space that holds both."""
-        view, rights = memory.GuestMemory(), MemoryRegionFlags.READ | MemoryRegionFlags.WRITE
+        view = memory.GuestMemory()
         for gpa, mapping, _ in self.slots():
-            view.add(gpa, mapping, rights | MemoryRegionFlags.EXECUTE)
+            view.add(gpa, mapping, _ALL_RIGHTS)
         return view
 
     def close(self) -> None:
@@ -1736,6 +1739,9 @@ class _Ram:
         for distance, value in words.items():
             struct.pack_into("<Q", top, len(top) - distance, value)
         return bytes(top)
+
+
+_ALL_RIGHTS = MemoryRegionFlags.READ | MemoryRegionFlags.WRITE | MemoryRegionFlags.EXECUTE
 
 
 def _text_of(error: Exception) -> str:
@@ -2082,14 +2088,14 @@ class _Guest:
         """Attach what is known about the moment of *failure*; return whether a debugger has undone it."""
         with contextlib.suppress(kvm_abi.KvmError):
             failure.registers = self.vm.registers()
+        if isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
+            return False
         if isinstance(failure, GuestAborted):
             self._explain_exception(failure)
             if self.host_failure is not None:
                 failure.__cause__ = self.host_failure
         if isinstance(failure, GuestAborted) and failure.frame is not None:
             self._fault = failure.frame, failure.registers  # not the failure: its traceback leads back here
-        if isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
-            return False
         if _dumps_by_itself(self.core_dumps):
             self._attach_core_dump(failure)
         return self.debugger is not None and self.debugger.crashed(failure)
@@ -2525,7 +2531,11 @@ class _Metric:
     OTHER: ClassVar[str] = "<other>"
 
     def __init__(
-        self, name: str, help_text: str, labels: tuple[str, ...], emit: Callable[[Observation], None]
+        self,
+        name: str,
+        help_text: str,
+        labels: tuple[str, ...],
+        emit: Callable[[_Metric, float, tuple[str, ...]], None],
     ) -> None:
         self.name = name
         self.help_text = help_text
@@ -2558,7 +2568,7 @@ class _Metric:
             if key not in self._series and len(self._series) >= self.MAX_SERIES:
                 key = (self.OTHER,) * len(key)
             change(self._series.setdefault(key, self._new_series()))
-        self._emit(Observation(self.name, self.kind, value, dict(zip(self.labels, key, strict=True))))
+        self._emit(self, value, key)
 
 
 class Counter(_Metric):
@@ -2662,9 +2672,10 @@ class Metrics:
 
         return unsubscribe
 
-    def _emit(self, observation: Observation) -> None:
+    def _emit(self, metric: _Metric, value: float, key: tuple[str, ...]) -> None:
         for callback in self._subscribers:
-            _call_observer(callback, observation)
+            labels = dict(zip(metric.labels, key, strict=True))
+            _call_observer(callback, Observation(metric.name, metric.kind, value, labels))
 
 
 _BY_FUNCTION = ("function_name",)
@@ -3170,12 +3181,8 @@ class _Platform:
     def prepare_reset(self, state: PlatformState) -> list[kvm_abi.PreparedIoctl]:
         """Return what puts the vCPU back to *state*, which was checked, but for `restore_interrupts`."""
         self._interrupts = state.interrupts
-        xcrs = kvm_abi.kvm_xcrs.from_buffer_copy(state.xcrs or self._initial.xcrs)
-        msrs = kvm_abi.msrs({**self._initial.msrs, **state.msrs})
-        return [
-            kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_XCRS, xcrs),
-            kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_MSRS, msrs, least=msrs.nmsrs),
-        ]
+        msrs = {**self._initial.msrs, **state.msrs}
+        return _platform_resets(state.xcrs or self._initial.xcrs, tuple(msrs.items()))
 
     def restore_interrupts(self) -> None:
         """Put the interrupt controllers back, if there are any, to the state last prepared; after the registers."""
@@ -3201,6 +3208,15 @@ class _Platform:
         """Stop the timer and release it."""
         if self.timer is not None:
             self.timer.close()
+
+
+@functools.lru_cache(maxsize=16)
+def _platform_resets(xcrs: bytes, msrs: tuple[tuple[int, int], ...]) -> list[kvm_abi.PreparedIoctl]:
+    listed = kvm_abi.msrs(dict(msrs))
+    return [
+        kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_XCRS, kvm_abi.kvm_xcrs.from_buffer_copy(xcrs)),
+        kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_MSRS, listed, least=listed.nmsrs),
+    ]
 
 
 class _Timer:
@@ -4911,6 +4927,8 @@ def _bench_interrupt_latency(config: SandboxConfiguration) -> Iterator[Sampler]:
 
 def _interrupt_once(sandbox: MultiUseSandbox, handle: InterruptHandle, snapshot: Snapshot) -> int:
     killed_ns = 0
+    ended = threading.Lock()
+    ended.acquire()
 
     def kill() -> None:
         nonlocal killed_ns
@@ -4918,6 +4936,7 @@ def _interrupt_once(sandbox: MultiUseSandbox, handle: InterruptHandle, snapshot:
             time.sleep(0.01)  # as in 0.14's benchmark: the guest is well under way
             killed_ns = time.perf_counter_ns()
             if handle.kill():
+                ended.acquire()  # without the GIL, as a watchdog waits for its next task: to end a thread takes long
                 return
 
     thread = threading.Thread(target=kill)
@@ -4928,6 +4947,7 @@ def _interrupt_once(sandbox: MultiUseSandbox, handle: InterruptHandle, snapshot:
     except ExecutionCanceledByHost:
         ended_ns = time.perf_counter_ns()
     finally:
+        ended.release()
         thread.join()
     sandbox.restore(snapshot)
     return ended_ns - killed_ns

@@ -850,15 +850,12 @@ class SharedMemory:
 
     def _revert_run(self, offset: int, size: int) -> None:
         """Write the original content over a run of pages; what lies under an overlay is the overlay's."""
-        view = self._view[offset : offset + size]
-        if self._file is None:
-            view[:] = bytes(size)
-        else:
-            os.preadv(self._file.fd, [view], self._file_offset + offset)
+        view = self._view
+        view[offset : offset + size] = self._file.read(self._file_offset + offset, size) if self._file else bytes(size)
         for start, end, file, place in self._overlays:
             first, last = max(offset, start), min(offset + size, end)
             if first < last:
-                os.preadv(file.fd, [self._view[first:last]], place + first - start)
+                view[first:last] = file.read(place + first - start, last - first)
 
     def _map_between_guards(self) -> None:
         flags = (_MAP_SHARED if self._shared else _MAP_PRIVATE) | _MAP_FIXED | _MAP_NORESERVE
@@ -1003,6 +1000,7 @@ class _File:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._kept: dict[tuple[int, int], bytes] | None = None
         weakref.finalize(self, os.close, fd).atexit = False
 
     @classmethod
@@ -1020,6 +1018,22 @@ class _File:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         except OSError as error:
             raise MmapFailed(error.errno, f"cannot seal the memory file: {error.strerror}") from error
+        self._kept = {}
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the file, with zeros for what is beyond its end.
+
+        A sealed file keeps some short pieces: guests change the same few pages in each call.
+        """
+        if self._kept is not None and (kept := self._kept.get((offset, size))) is not None:
+            return kept
+        data = os.pread(self.fd, size, offset).ljust(size, b"\0")
+        if self._kept is not None and len(self._kept) < _MAX_KEPT_PIECES and size <= _MAX_KEPT_SIZE:
+            self._kept[offset, size] = data
+        return data
+
+
+_MAX_KEPT_PIECES, _MAX_KEPT_SIZE = 64, 4 * PAGE_SIZE
 
 
 def _backed_pages(address: int, size: int) -> bytearray:
