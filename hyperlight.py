@@ -1612,7 +1612,7 @@ def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Sn
     layout.check()
     is_unlike_others = isinstance(environment.guest, (bytes, bytearray, memoryview)) or environment.init_data
     lay_out = _lay_out if is_unlike_others else _lay_out_once
-    return lay_out(elf, layout, config.copy_on_write, environment.init_data)
+    return lay_out(elf, layout, config.copy_on_write, bytes(environment.init_data))
 
 
 def _lay_out(

@@ -69,6 +69,41 @@ def test_bytes_of_a_guest_evolve() -> None:
         assert echoes(sandbox)
 
 
+def test_parsed_guest_evolves() -> None:
+    elf = hyperlight.memory.GuestElf.parse(SIMPLEGUEST.read_bytes())
+    with UninitializedSandbox(elf) as uninitialized, uninitialized.evolve() as sandbox:
+        assert sandbox.snapshot().elf is elf
+        assert echoes(sandbox)
+
+
+def test_image_of_a_guest_is_laid_out_once_for_the_same_sizes() -> None:
+    assert image() is image()
+    assert image() is image(guest=SIMPLEGUEST, init_data=bytearray())
+    assert image() is not image(SandboxConfiguration(heap_size=MIB))
+    assert image() is not image(SandboxConfiguration(copy_on_write="guest"))
+    assert image(init_data=b"1") is not image(init_data=b"1")
+    code = SIMPLEGUEST.read_bytes()
+    assert image(guest=code) is not image(guest=code)
+
+
+def test_sandboxes_of_one_image_share_nothing_that_changes() -> None:
+    with UninitializedSandbox("simpleguest") as one, UninitializedSandbox("simpleguest") as other:
+        assert one.snapshot() is other.snapshot()
+        with one.evolve() as first, other.evolve() as second:
+            assert first.call("AddToStatic", Int(5), returns=Int) == 5
+            assert second.call("AddToStatic", Int(1), returns=Int) == 1
+    with UninitializedSandbox("simpleguest") as late, late.evolve() as third:
+        assert third.call("GetStatic", returns=Int) == 0
+
+
+def test_changed_guest_file_is_another_guest(tmp_path: Path) -> None:
+    copy = tmp_path / "guest"
+    copy.write_bytes(SIMPLEGUEST.read_bytes())
+    before = image(guest=copy)
+    copy.write_bytes(Path(hyperlight.find_guest("hello")).read_bytes())
+    assert image(guest=copy).elf.code_size != before.elf.code_size
+
+
 def test_truncated_bytes_are_refused() -> None:
     """B.1/7."""
     with pytest.raises(hyperlight.memory.ElfError):
