@@ -119,6 +119,7 @@ __all__ = [
     "GuestAborted",
     "GuestBinVersionMismatch",
     "GuestBinaryNotFound",
+    "GuestElf",
     "GuestEnvironment",
     "GuestError",
     "GuestFailure",
@@ -577,9 +578,9 @@ def _read_guest(guest: StrPath | bytes | GuestElf) -> GuestElf:
         return GuestElf.parse(bytes(guest))
     path = find_guest(guest)
     try:
+        path = os.path.realpath(path, strict=True)
         with _open_regular_file(path) as file:
             data = file.read()
-            path = os.readlink(f"/proc/self/fd/{file.fileno()}")  # far quicker than os.path.realpath()
     except OSError as error:
         raise GuestBinaryNotFound(error.errno, error.strerror, path) from error
     except ValueError as error:  # a NUL in the path
@@ -1642,7 +1643,10 @@ def _lay_out(
 
 
 _lay_out_once = functools.lru_cache(maxsize=_PARSED_LIMIT)(_lay_out)
-"""Nobody can change an image: all sandboxes of a guest, with the same sizes, can start from one."""
+"""Nobody can change an image: all sandboxes of a guest, with the same sizes, can start from one.
+
+The last few are kept, with their descriptors.
+"""
 
 
 # ======================================================================================

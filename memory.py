@@ -930,8 +930,8 @@ class PageMap:
             vec=ctypes.addressof(self._found),
             vec_len=_MAX_REVERTED_PAGES,
             max_pages=_MAX_REVERTED_PAGES + 1,
-            category_inverted=_PAGE_IS_FILE | _PAGE_IS_PFNZERO,
-            category_mask=_PAGE_IS_FILE | _PAGE_IS_PFNZERO,
+            category_inverted=_PAGE_IS_FILE,
+            category_mask=_PAGE_IS_FILE,
             category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,
         )
         self._scan: Callable[[], int] | None = partial(_libc.ioctl, self._fd, _PAGEMAP_SCAN, ctypes.byref(self._order))
@@ -986,7 +986,7 @@ class _pm_scan_arg(ctypes.Structure):
 
 
 _PAGEMAP_SCAN = 3 << 30 | ctypes.sizeof(_pm_scan_arg) << 16 | ord("f") << 8 | 16
-_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_PFNZERO = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _READ_WINDOW = 1 << 20  # bytes at the begin of a mapping: reading more entries costs more than a discard
 
 

@@ -1,4 +1,4 @@
-"""A small x86-64 machine for the debugger's tests: an interpreter of fifteen instructions with all capabilities.
+"""A small x86-64 machine for the debugger's tests, an interpreter of fifteen instructions with all capabilities; a client.
 
 It runs on the thread that calls `run`, like a vCPU, and checks what the session promises: the memory that the
 guest executes holds a breakpoint at every address where one should be, and none while it stands still.
@@ -6,6 +6,7 @@ guest executes holds a breakpoint at every address where one should be, and none
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,14 @@ from gdb_rsp import (
     Access,
     HardwareBreakpoint,
     MonitorCommand,
+    Packet,
+    PacketDecoder,
     Reason,
     Signal,
     Stop,
     TargetError,
     TargetFault,
+    encode,
 )
 
 BASE = 0x1000
@@ -28,6 +32,8 @@ ALIAS = 0xFFFF_8000_0000_0000  # the same memory once more, at the upper end of 
 SIZE = 0x4000
 READ_ONLY = range(0x3000, 0x4000)
 STACK_TOP = 0x5000
+
+CLIENT_TIMEOUT_S = 120  # only ever used up by a failure
 
 # The guest, linked at 0 and loaded at BASE. `work` and `leaf` have frame information, so that gdb can unwind.
 SOURCE = """
@@ -305,3 +311,49 @@ def load_elf(path: Path) -> bytes:
         if kind == 1:  # PT_LOAD
             memory[address : address + size] = data[start : start + size]
     return bytes(memory)
+
+
+class Client:
+    """A debugger's end of the connection, by hand."""
+
+    def __init__(self, address: str) -> None:
+        if address.startswith("/"):
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(address)
+        else:
+            host, _, port = address.rpartition(":")
+            self.socket = socket.create_connection((host.strip("[]"), int(port)))
+        self.socket.settimeout(CLIENT_TIMEOUT_S)
+        self.decoder = PacketDecoder()
+        self.arrived: list[bytes] = []
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, payload: bytes) -> None:
+        self.socket.sendall(encode(payload))
+
+    def interrupt(self) -> None:
+        self.socket.sendall(b"\x03")
+
+    def receive(self) -> bytes:
+        """Wait for the next packet; an error at the end of the connection."""
+        while not self.arrived:
+            data = self.socket.recv(65536)
+            if not data:
+                raise EOFError
+            self.arrived += [event.payload for event in self.decoder.feed(data) if isinstance(event, Packet)]
+        return self.arrived.pop(0)
+
+    def ask(self, payload: bytes) -> bytes:
+        self.send(payload)
+        return self.receive()
+
+    def is_closed_by_peer(self) -> bool:
+        try:
+            return self.receive() == b""
+        except (EOFError, ConnectionError):
+            return True

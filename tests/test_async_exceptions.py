@@ -168,6 +168,7 @@ class Subject:
 def subject(request: pytest.FixtureRequest, other_thread: ThreadPoolExecutor) -> Iterator[Subject]:
     subject = Subject(snapshot_of(request.param), other_thread)
     with subject.sandbox:
+        subject.restore()  # the first one opens the map of pages, which then stays open
         yield subject
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gdb_machine
 import pytest
 from conftest import KERNEL_GUESTS, REPOSITORY, missing, require
 from hypothesis import HealthCheck, given, settings
@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from test_gdb_session import ANY_PACKET, CONSOLE, SILENT
 
 import hyperlight
-from gdb_rsp import Packet, PacketDecoder, Session, State, Stop, encode
+from gdb_rsp import Session, State, Stop
 from hyperlight import (
     DebugInfo,
     DebugServerError,
@@ -209,36 +209,11 @@ def gdb(address: str, *commands: str, mode: str = "remote") -> list[str]:
     return answers(start_gdb(address, commands, mode=mode))
 
 
-class Client:
-    """A debugger by hand: one packet, one answer."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
-        self._decoder = PacketDecoder()
-        self._arrived: list[bytes] = []
+class Client(gdb_machine.Client):
+    """A debugger by hand, of a real guest."""
 
     def __enter__(self) -> Client:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def send(self, payload: bytes) -> None:
-        self.socket.sendall(encode(payload))
-
-    def receive(self) -> bytes:
-        """Return the next packet; b"" at the end of the connection."""
-        while not self._arrived:
-            data = self.socket.recv(65536)
-            if not data:
-                return b""
-            self._arrived += [event.payload for event in self._decoder.feed(data) if isinstance(event, Packet)]
-        return self._arrived.pop(0)
-
-    def ask(self, payload: bytes) -> bytes:
-        self.send(payload)
-        return self.receive()
 
     def rip(self) -> int:
         return int.from_bytes(bytes.fromhex(self.ask(b"p10").decode()), "little")

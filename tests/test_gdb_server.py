@@ -22,12 +22,11 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, require
-from gdb_machine import BASE, CODE, CRASH, LEAF, SOURCE, STORE, Machine, Plain, load_elf
+from gdb_machine import BASE, CODE, CRASH, LEAF, SOURCE, STORE, Client, Machine, Plain, load_elf
 
 from gdb_rsp import (
     DebugServer,
     ListenError,
-    Packet,
     PacketDecoder,
     Reason,
     Resume,
@@ -48,52 +47,6 @@ def nothing_is_left_behind() -> Iterator[None]:
     before = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
     yield
     assert (set(os.listdir("/proc/self/fd")), set(threading.enumerate())) == before
-
-
-class Client:
-    """A debugger's end of the connection, by hand."""
-
-    def __init__(self, address: str) -> None:
-        if address.startswith("/"):
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.connect(address)
-        else:
-            host, _, port = address.rpartition(":")
-            self.socket = socket.create_connection((host.strip("[]"), int(port)))
-        self.socket.settimeout(TIMEOUT_S)
-        self.decoder = PacketDecoder()
-        self.arrived: list[bytes] = []
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def send(self, payload: bytes) -> None:
-        self.socket.sendall(encode(payload))
-
-    def interrupt(self) -> None:
-        self.socket.sendall(b"\x03")
-
-    def receive(self) -> bytes:
-        """Wait for the next packet; an error at the end of the connection."""
-        while not self.arrived:
-            data = self.socket.recv(65536)
-            if not data:
-                raise EOFError
-            self.arrived += [event.payload for event in self.decoder.feed(data) if isinstance(event, Packet)]
-        return self.arrived.pop(0)
-
-    def ask(self, payload: bytes) -> bytes:
-        self.send(payload)
-        return self.receive()
-
-    def is_closed_by_peer(self) -> bool:
-        try:
-            return self.receive() == b""
-        except (EOFError, ConnectionError):
-            return True
 
 
 class Guest:

@@ -281,15 +281,15 @@ struct scan_region {
     uint64_t start, end, categories;
 };
 #define SCAN_PAGEMAP _IOWR('f', 16, struct scan_order)
-enum { IS_FILE = 1 << 2, IS_PRESENT = 1 << 3, IS_SWAPPED = 1 << 4, IS_ZERO = 1 << 5 };
+enum { IS_FILE = 1 << 2, IS_PRESENT = 1 << 3, IS_SWAPPED = 1 << 4 };
 
 /* As find_changes; returns -1 where the kernel is older. */
 static int scan_changes(const struct vm *vm, const uint8_t *begin, uint64_t size, struct changes *changes) {
     static struct scan_region found[MAX_CHANGED];
     struct scan_order order = {
         .size = sizeof order, .start = (uint64_t)begin, .end = (uint64_t)begin + size, .vec = (uint64_t)found,
-        .vec_len = MAX_CHANGED, .max_pages = MAX_CHANGED + 1, .category_inverted = IS_FILE | IS_ZERO,
-        .category_mask = IS_FILE | IS_ZERO, .category_anyof_mask = IS_PRESENT | IS_SWAPPED};
+        .vec_len = MAX_CHANGED, .max_pages = MAX_CHANGED + 1, .category_inverted = IS_FILE, .category_mask = IS_FILE,
+        .category_anyof_mask = IS_PRESENT | IS_SWAPPED};
     int count = ioctl(vm->pagemap_fd, SCAN_PAGEMAP, &order);
     if (count < 0)
         return -1;
