@@ -1,10 +1,10 @@
 """What this host must reach, measured in one run: each figure beside its floor in C, or beside what it is compared with.
 
-    python3 tests/bench/targets.py [--seconds 3] [--json FILE]
+    python3 tests/bench/targets.py [--seconds 3] [--json FILE] [--peer PYTHON]
 
 Needs /dev/kvm and gcc. Samples of both sides are taken in turns. Two ratios are printed: of the medians, which the target
-is about, and of the first quartiles, which a busy machine disturbs less. The JavaScript call against the Rust host is
-javascript_peer.py's, in the emulated machine; peers.py compares with wasmtime and a process.
+is about, and of the first quartiles, which a busy machine disturbs less. The JavaScript call against the Rust host takes a
+Python that has its wheel, as javascript_peer.py says; both run in the emulated machine.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -15,6 +15,8 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import subprocess
 import sys
 import threading
 import time
@@ -262,6 +264,17 @@ def _pss() -> int:
     raise OSError("/proc/self/smaps_rollup has no line Pss:")
 
 
+# ---- JavaScript, against the Rust host -------------------------------------------------------------------------
+
+
+def javascript_rows(python: str) -> Iterator[Row]:
+    """Run javascript_peer.py, and read what it prints."""
+    command = [HERE.parent / "run-in-kvm-amd", "--timeout", "500", python, HERE / "javascript_peer.py"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for what, ratio, share in re.findall(r"^(.*): ratio ([\d.]+), (.*)$", printed, re.MULTILINE):
+        yield Row(f"JavaScript, {what}, against Rust", 1.2, float(ratio), None, share)
+
+
 # ---- the table -------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each side of each comparison (3)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--peer", metavar="PYTHON", help="one that has the Rust host's wheel: compare JavaScript calls, too")
     arguments = parser.parse_args()
     header = f"{'what':<52} {'target':>7}  {'ratio':>6}  {'quiet':>6}"
     print(header)
@@ -288,6 +302,7 @@ def main() -> int:
         lambda: compute_rows(arguments.seconds),
         lambda: thread_rows(arguments.seconds),
         memory_rows,
+        lambda: javascript_rows(arguments.peer) if arguments.peer else iter(()),
     )
     for part in parts:
         for row in part():
