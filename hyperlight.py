@@ -571,10 +571,13 @@ _PREBUILT_GUESTS = (  # in a checkout or a vendored copy; where pip puts them
 )
 
 
+_BYTES = (bytes, bytearray, memoryview)
+
+
 def _read_guest(guest: StrPath | bytes | GuestElf) -> GuestElf:
     if isinstance(guest, GuestElf):
         return guest
-    if isinstance(guest, (bytes, bytearray, memoryview)):
+    if isinstance(guest, _BYTES):
         return GuestElf.parse(bytes(guest))
     path = find_guest(guest)
     try:
@@ -1611,7 +1614,7 @@ def _image_of(environment: GuestEnvironment, config: SandboxConfiguration) -> Sn
         heap_executable=config.executable_heap,
     )
     layout.check()
-    is_unlike_others = isinstance(environment.guest, (bytes, bytearray, memoryview)) or environment.init_data
+    is_unlike_others = isinstance(environment.guest, _BYTES) or environment.init_data
     lay_out = _lay_out if is_unlike_others else _lay_out_once
     return lay_out(elf, layout, config.copy_on_write, bytes(environment.init_data))
 
@@ -4373,8 +4376,8 @@ class _DebugTarget:
         }
 
     def _read_general(self) -> dict[str, int]:
-        regs = self._vcpu.get_regs()
-        return {_GDB_NAMES.get(name, name): getattr(regs, name) for name, *_ in regs._fields_}
+        self._guest.vm.settle()
+        return {_GDB_NAMES.get(name, name): value for name, value in self._guest.vm.registers().items()}
 
     def _write_general(self, values: Mapping[str, int]) -> None:
         regs = self._vcpu.get_regs()

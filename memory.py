@@ -696,6 +696,9 @@ class SharedMemory:
         """Return the pages that `revert` has to write; None where `discard` is the better way.
 
         That is, where many pages have changed, or which ones cannot be known.
+
+        Raises:
+            HyperlightError: the memory is closed.
         """
         self._check_open()
         return pagemap.changed(self._address, self._size)
@@ -906,15 +909,16 @@ class ChangedPages(NamedTuple):
     """Pages of a private mapping that were written to."""
 
     runs: Sequence[tuple[int, int]]
-    """(offset, size) of each."""
+    """Of pages: (offset from the mapping's first byte, size), in bytes."""
     end: int
-    """Where the search ended: of what lies beyond nothing is known."""
+    """The offset, exclusive, where the search ended: of what lies beyond nothing is known."""
 
 
 class PageMap:
     """The kernel's map of this process's pages: which of them are copies of its own.
 
     Made for mappings of the process that makes it: after a fork, the child's are not the ones it tells about.
+    Source: Documentation/admin-guide/mm/pagemap.rst in the kernel, /proc/pid/pagemap and PAGEMAP_SCAN.
     """
 
     def __init__(self) -> None:
@@ -937,7 +941,7 @@ class PageMap:
         self._scan: Callable[[], int] | None = partial(_libc.ioctl, self._fd, _PAGEMAP_SCAN, ctypes.byref(self._order))
 
     def changed(self, address: int, size: int) -> ChangedPages | None:
-        """Return the pages that were written to in the private mapping at *address*, an hva.
+        """Return the pages that were written to in *size* bytes of a private mapping at *address*, an hva.
 
         None where that cannot be known, or where there are many.
         """
