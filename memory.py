@@ -2904,29 +2904,27 @@ def encode_function_call(
     Raises: ValueRangeError when a value does not fit, or a string cannot be encoded.
     Spec: abi.md 10.3.
     """
-    shape: list[int] = []
-    values: list[Any] = []
+    shape: list[Any] = [name, call_type, return_type]
+    filling: tuple[Any, ...] = ()
     for wire_type, value in parameters:
-        extent, filling = _PARAMETER_LEAVES[wire_type](value)
+        extent, own = _PARAMETER_LEAVES[wire_type](value)
         shape += wire_type, extent
-        values += filling
-    values.reverse()  # the layout grows from its end: the first parameter has the highest address
-    return _call_plan(name, call_type, return_type, *shape).fill(values)
+        filling = own + filling  # the layout grows from its end: the first parameter has the highest address
+    return _call_plan(*shape).fill(filling)
 
 
 def encode_guest_call(name: str, values: Iterable[Any], return_type: ReturnType) -> bytes:
     """Encode a call of a guest function; each value travels under its `wire_type_of`. Raises as both do."""
-    shape: list[int] = []
-    filling: list[Any] = []
+    shape: list[Any] = [name, _GUEST_CALL, return_type]
+    filling: tuple[Any, ...] = ()
     for value in values:
         wire_type = _WIRE_TYPES.get(type(value))
         if wire_type is None:
             wire_type = wire_type_of(value)
         extent, own = _PARAMETER_LEAVES[wire_type](value)
         shape += wire_type, extent
-        filling += own
-    filling.reverse()  # as in encode_function_call
-    return _call_plan(name, _GUEST_CALL, return_type, *shape).fill(filling)
+        filling = own + filling  # as in encode_function_call
+    return _call_plan(*shape).fill(filling)
 
 
 def decode_function_call(data: _Buffer) -> FunctionCall:
@@ -3224,9 +3222,12 @@ class _Plan:
         self._pack, self.unpack = codec.pack, codec.unpack
         self.constants = tuple(self._parts[::2])
         self.header: bytes = self._parts[0]  # all before the first hole
+        self._rest = self.constants[-1]
 
-    def fill(self, values: list[Any] | tuple[Any, ...]) -> bytes:
+    def fill(self, values: Sequence[Any]) -> bytes:
         """Return the message with `values` in its holes, in the order of their addresses."""
+        if len(values) == 1:  # as in most calls and results
+            return self._pack(self.header, values[0], self._rest)
         parts = self._parts.copy()
         parts[1::2] = values
         return self._pack(*parts)
@@ -3668,20 +3669,20 @@ def _payload_shortcut(return_type: ReturnType, fixed: slice, terminator: bytes) 
     header = _result_plan(return_type, 1).header
     start = len(header)
     constant = header[fixed]  # what is fixed between the key and the length that ends the header
-    lengths = struct.Struct(f"<I{start - 8}xI")
+    unpack = struct.Struct(f"<I{fixed.start - 4}x{len(constant)}s{start - fixed.stop - 4}xI").unpack_from
+    is_text = return_type is ReturnType.String
 
     def shortcut(data: bytes) -> ReturnValue | None:
-        if len(data) < start or data[fixed] != constant:
+        size = len(data)
+        if size < start:
             return None
-        prefix, length = lengths.unpack_from(data)
+        prefix, found, length = unpack(data)
         end = start + length
         after = end + len(terminator)
-        if prefix + 4 != len(data) or after > len(data) or data[end:after] != terminator:
+        if found != constant or prefix + 4 != size or after > size or data[end:after] != terminator:
             return None
-        if return_type is ReturnType.VecBytes:
-            return _return_value((return_type, data[start:end]))
         try:
-            return _return_value((return_type, data[start:end].decode()))
+            return _return_value((return_type, data[start:end].decode() if is_text else data[start:end]))
         except UnicodeDecodeError:
             return None
 
