@@ -1670,11 +1670,13 @@ class _Ram:
         self.translations_are_stale = True
         """Whether a VM may hold translations of tables that are here no more: cleared by who flushes them."""
         with contextlib.ExitStack() as undo:
-            self.image = undo.enter_context(snapshot.memory.map_private())
-            self.scratch = undo.enter_context(SharedMemory.anonymous(layout.scratch_size))
+            self._both = undo.enter_context(contextlib.closing(memory.AdjacentMemories(layout.scratch_size, snapshot.memory)))
+            self.scratch, self.image = self._both.scratch, self._both.image
             self.scratch.overlay(
                 layout.page_table_scratch_offset, snapshot.memory, layout.memory_size, layout.pt_size
             )
+            self._tables_begin = layout.page_table_scratch_offset
+            self._tables_end = self._tables_begin + layout.pt_size
             self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
             self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
             self._pagemap: memory.PageMap | None = None  # until the first reset
@@ -1691,21 +1693,12 @@ class _Ram:
         """
         if self._pagemap is None:
             self._pagemap = self._mappings.enter_context(contextlib.closing(memory.PageMap()))
-        scratch = self.scratch.changed(self._pagemap) if self.snapshot.elf.privilege.user_mode else None
-        image = self.image.changed(self._pagemap) if scratch is not None else None
-        layout = self.snapshot.layout
-        tables, tables_end = layout.page_table_scratch_offset, layout.page_table_scratch_offset + layout.pt_size
-        if (
-            scratch is None
-            or image is None
-            or any(offset < tables_end and tables < offset + size for offset, size in scratch.runs)
-        ):
+        changed = self._both.changed(self._pagemap) if self.snapshot.elf.privilege.user_mode else None
+        if changed is None or changed.touch(self._tables_begin, self._tables_end):
             self.translations_are_stale = True
-            self.image.discard()
-            self.scratch.discard()
+            self._both.discard()
         else:
-            self.image.revert(image)
-            self.scratch.revert(scratch)
+            self._both.revert(changed)
         self._write_bookkeeping()
 
     def slots(self) -> list[tuple[int, SharedMemory, bool]]:
@@ -1977,20 +1970,20 @@ class _Guest:
             self._packed_for = rip, rsp, user_mode
         self._entry_registers = self._next_entry_registers
         if restored:
-            struct.pack_into("<Q", self._restored_registers, kvm_abi.kvm_regs.rdi.offset, self._request_seed())
+            self._restored_registers[_RDI] = self._request_seed()
             self._entry_registers = bytes(self._restored_registers)
 
-    def _request_seed(self) -> int:
+    def _request_seed(self) -> bytes:
         """Have a restored guest seed its random numbers anew, where it can; return rdi for the next call.
 
         Otherwise all sandboxes of one snapshot would draw the same numbers. Guests of 0.17 look for the
         request near the end of scratch (guest-versions.md 5), those of this SDK in rdi.
         """
-        request = 1 << 32 | int.from_bytes(os.urandom(4), "little")
+        request = os.urandom(4) + b"\1\0\0\0"
         elf = self.snapshot.elf
         if elf.version == "0.17.0":
-            self._ram.scratch.write_u64(self._ram.scratch.size - memory.SCRATCH_TOP_RNG_SEED, request)
-        return request if elf.privilege.takes_seed else 0
+            self._ram.scratch.write(self._ram.scratch.size - memory.SCRATCH_TOP_RNG_SEED, request)
+        return request if elf.privilege.takes_seed else bytes(8)
 
     def _drain(self) -> None:
         self._ram.output.drain()
@@ -2383,6 +2376,7 @@ _HALT_OUT = int.from_bytes(struct.pack("<BBHI", _OUT, 4, _HALT, 1), "little")
 """The first 8 bytes of that where the guest halts by an OUT of 32 bits."""
 _EXIT_OFFSET = kvm_abi.kvm_run.io.offset
 _IMMEDIATE_EXIT = kvm_abi.kvm_run.immediate_exit.offset
+_RDI = slice(kvm_abi.kvm_regs.rdi.offset, kvm_abi.kvm_regs.rdi.offset + 8)
 
 _ABORT_END = 0xFF
 _MAX_ABORT_SIZE = 1024
@@ -3180,8 +3174,7 @@ class _Platform:
         """Put a fresh vCPU to *state*, which was checked; after the special registers."""
         initial = self._initial
         if (state.xcrs or initial.xcrs, {**initial.msrs, **state.msrs}) != (initial.xcrs, initial.msrs):
-            for prepared in self.prepare_reset(state):
-                prepared(self._vcpu.fd)
+            kvm_abi.make_ioctls(self._vcpu.fd, self.prepare_reset(state))
         self._interrupts = state.interrupts
         self.restore_interrupts()
 
@@ -3431,12 +3424,12 @@ class _VirtualMachine:
         """Prepare `reset` to put every register that a guest can change back (abi.md 6.5), with *sregs* as given."""
         toggled = kvm_abi.kvm_sregs.from_buffer_copy(sregs)
         toggled.cr0 ^= Cr0.WP
-        self._flush = kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_SREGS, toggled)  # see load_sregs
         self._resets = [
             kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_DEBUGREGS, kvm_abi.kvm_debugregs()),
             kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_XSAVE, _initial_xsave()),
             *self.platform.prepare_reset(platform),
         ]
+        self._flushing_resets = [kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_SREGS, toggled), *self._resets]  # see load_sregs
         self._reset_cr8 = int(sregs.cr8).to_bytes(8, "little")
         self._reset_state = bytes(sregs) + bytes(kvm_abi.kvm_vcpu_events())  # no exception is on its way into the guest
 
@@ -3448,10 +3441,7 @@ class _VirtualMachine:
         """
         if not self._exit_is_complete():
             self._complete_exit()
-        if flush:
-            self._flush(self.vcpu.fd)
-        for prepared in self._resets:
-            prepared(self.vcpu.fd)
+        kvm_abi.make_ioctls(self.vcpu.fd, self._flushing_resets if flush else self._resets)
         self.page[_SYNC_SREGS : _SYNC_SREGS + len(self._reset_state)] = self._reset_state
         self.page[_CR8 : _CR8 + 8] = self._reset_cr8  # which each entry takes from here, over what was set before
         self.page[_DIRTY_REGS] |= _SREGS_EVENTS

@@ -78,7 +78,7 @@ __version__ = "0.14.0"
 __all__ = [  # noqa: RUF022 -- in the order of the chapters
     # handles, errors, and how to read an exit
     "Kvm", "Vm", "Vcpu", "KvmError", "describe_exit", "failed_instruction", "deny_msrs_except", "ioctl",
-    "PreparedIoctl", "msrs",
+    "PreparedIoctl", "make_ioctls", "msrs",
     "Ioctl", "Struct", "FlexibleStruct",
     # constants
     "KVM_API_VERSION", "KVM_MSR_FILTER_MAX_RANGES", "KvmExit", "IoDirection", "InternalError", "SystemEvent",
@@ -1221,7 +1221,7 @@ def ioctl(fd: int, request: Ioctl, argument: Struct | int | None = None) -> int:
 class PreparedIoctl:
     """An ioctl to be made many times with the same struct, which is checked once and must not change afterwards.
 
-    Raises as `ioctl`, and KvmError also where the result is less than *least*.
+    Raises as `ioctl`. A result less than *least* is an error of `make_ioctls`.
     """
 
     def __init__(self, request: Ioctl, argument: Struct, *, least: int = 0) -> None:
@@ -1229,13 +1229,16 @@ class PreparedIoctl:
             raise TypeError(f"{request.name} does not take a {type(argument).__name__}")
         if isinstance(argument, FlexibleStruct):
             argument.check_count()
-        self.name, self._request, self._least = request.name, int(request), least
-        self._reference = ctypes.byref(argument)  # which keeps the struct
+        self.name = request.name
+        self.call = int(request), ctypes.byref(argument), least  # the reference keeps the struct
 
-    def __call__(self, fd: int) -> None:
-        """Make it on *fd*."""
-        if _quick_ioctl(fd, self._request, self._reference) < self._least:
-            raise KvmError(self.name, ctypes.get_errno() or errno.EINVAL)
+
+def make_ioctls(fd: int, prepared: Iterable[PreparedIoctl]) -> None:
+    """Make them on *fd*, one after the other; raises KvmError at the first that the kernel refuses."""
+    for each in prepared:
+        request, reference, least = each.call
+        if _quick_ioctl(fd, request, reference) < least:
+            raise KvmError(each.name, ctypes.get_errno() or errno.EINVAL)
 
 
 # ======================================================================================================

@@ -423,7 +423,7 @@ _MAX_MAPPING_SIZE = 1 << 46  # a quarter of what x86-64 Linux gives a process: a
 # (Documentation/admin-guide/mm/pagemap.rst).
 _IS_BACKED = bytes(int(top & 0xC0 != 0) for top in range(256))
 _IS_CHANGED = bytes(int(top & 0xC0 != 0 and top & 0x20 == 0) for top in range(256))  # bit 61: "a file's page"
-_MAX_REVERTED_PAGES = 64
+_MAX_REVERTED_PAGES = 128
 _POPULATED_RUN = re.compile(b"\1{1,256}")
 
 _U8 = struct.Struct("<B")
@@ -468,18 +468,18 @@ class SharedMemory:
         file_offset: int = 0,
         writable: bool = True,
         shared: bool = False,
+        within: tuple[_Extent, int] | None = None,
     ) -> None:
-        """Map `size` bytes; the named constructors are the public way here.
+        """Map `size` bytes, at an offset `within` addresses that are reserved; the named constructors are the public way here.
 
         Raises:
             LayoutError: the size is not a positive multiple of PAGE_SIZE, or is absurd.
             MmapFailed: the kernel refuses.
         """
         _check_mapping_size(size)
-        whole = size + 2 * PAGE_SIZE
-        outer = _mmap(None, whole, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
-        self._extent: _Extent | None = _Extent(outer, whole)
-        self._address = outer + PAGE_SIZE
+        extent, offset = within or (_Extent(size + 2 * PAGE_SIZE), PAGE_SIZE)
+        self._extent: _Extent | None = extent
+        self._address = extent.address + offset
         self._size = size
         self._file = file
         self._file_offset = file_offset
@@ -692,34 +692,6 @@ class SharedMemory:
         if _libc.madvise(self._address + offset, size, _MADV_DONTNEED):
             raise MmapFailed(ctypes.get_errno(), "madvise(MADV_DONTNEED) failed")
 
-    def changed(self, pagemap: PageMap) -> ChangedPages | None:
-        """Return the pages that `revert` has to write; None where `discard` is the better way.
-
-        That is, where many pages have changed, or which ones cannot be known.
-
-        Raises:
-            HyperlightError: the memory is closed.
-        """
-        self._check_open()
-        return pagemap.changed(self._address, self._size)
-
-    def revert(self, changed: ChangedPages) -> None:
-        """Make every page read as the file behind it, or as zeros, as `discard` does.
-
-        A discarded page costs a fault at the next access, and more than one inside a VM. Few pages are far
-        cheaper written over in place: those that `changed` has just found.
-
-        Raises:
-            HyperlightError: the mapping is shared or read-only.
-        """
-        if self._shared or self._write_limit < 0:
-            self._check_open()
-            raise HyperlightError("only a private, writable mapping can be reverted")
-        for offset, size in changed.runs:
-            self._revert_run(offset, size)
-        if changed.end < self._size:
-            self.discard(changed.end)
-
     def overlay(self, offset: int, source: SharedMemory, source_offset: int, size: int) -> None:
         """Show part of the file behind another memory, privately, instead of the pages at `offset`.
 
@@ -727,7 +699,7 @@ class SharedMemory:
         be closed afterwards.
 
         Raises:
-            LayoutError: an offset or the size is not page aligned.
+            LayoutError: an offset or the size is not page aligned, or there is an overlay already.
             HyperlightError: no file is behind the source, or this memory is not private and writable.
         """
         source._check_open()
@@ -741,6 +713,8 @@ class SharedMemory:
             source._refuse(source_offset, size)
         if offset % PAGE_SIZE or source_offset % PAGE_SIZE or size % PAGE_SIZE:
             raise LayoutError(f"cannot overlay {size:#x} bytes at {offset:#x}: only whole pages")
+        if any(start < offset + size and offset < stop for start, stop, _, _ in self._overlays):
+            raise LayoutError(f"cannot overlay {size:#x} bytes at {offset:#x}: something is overlaid there already")
         if size:
             flags = _MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
             place = source._file_offset + source_offset
@@ -785,7 +759,7 @@ class SharedMemory:
         self._map_between_guards()  # replaces the shared mapping, which the kernel would not let be
         self._file.seal()
 
-    def map_private(self) -> SharedMemory:
+    def map_private(self, within: tuple[_Extent, int] | None = None) -> SharedMemory:
         """Return a new private, writable mapping of the same file.
 
         It stays valid when this one is closed. Of a file that is not sealed it shows the content
@@ -797,7 +771,7 @@ class SharedMemory:
         self._check_open()
         if self._file is None:
             raise HyperlightError("anonymous memory cannot be mapped a second time")
-        return SharedMemory(self._size, file=self._file, file_offset=self._file_offset)
+        return SharedMemory(self._size, file=self._file, file_offset=self._file_offset, within=within)
 
     def with_hva(self, function: Callable[[int], _Result]) -> _Result:
         """Call `function` with the host virtual address and return its result.
@@ -853,11 +827,15 @@ class SharedMemory:
 
     def _revert_run(self, offset: int, size: int) -> None:
         """Write the original content over a run of pages; what lies under an overlay is the overlay's."""
-        view = self._view
-        view[offset : offset + size] = self._file.read(self._file_offset + offset, size) if self._file else bytes(size)
-        for start, end, file, place in self._overlays:
-            first, last = max(offset, start), min(offset + size, end)
-            if first < last:
+        view, end = self._view, offset + size
+        for start, stop, file, place in self._overlays:
+            if start <= offset and end <= stop:  # all of the run, as nearly always
+                view[offset:end] = file.read(place + offset - start, size)
+                return
+        view[offset:end] = self._file.read(self._file_offset + offset, size) if self._file else bytes(size)
+        for start, stop, file, place in self._overlays:
+            if start < end and offset < stop:
+                first, last = max(offset, start), min(end, stop)
                 view[first:last] = file.read(place + first - start, last - first)
 
     def _map_between_guards(self) -> None:
@@ -897,21 +875,84 @@ class SharedMemory:
 
 
 class _Extent:
-    """A range of addresses, unmapped when nobody refers to it any more."""
+    """A range of addresses, reserved and inaccessible; unmapped when nobody refers to it any more."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "address")
 
-    def __init__(self, address: int, size: int) -> None:
-        weakref.finalize(self, _libc.munmap, address, size).atexit = False  # a daemon thread may still run a guest
+    def __init__(self, size: int) -> None:
+        self.address = _mmap(None, size, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE)
+        weakref.finalize(self, _libc.munmap, self.address, size).atexit = False  # a daemon thread may still run a guest
+
+
+class AdjacentMemories:
+    """A guest's scratch and image side by side, so that one look tells which pages of either have changed.
+
+    Three guard pages lie around and between them. Raises as `SharedMemory.anonymous` and `map_private`.
+    """
+
+    def __init__(self, scratch_size: int, source: SharedMemory) -> None:
+        """Map `scratch_size` zeroed bytes, and privately the file behind `source`."""
+        _check_mapping_size(scratch_size + source.size)
+        self._size = scratch_size + PAGE_SIZE + source.size  # of both, and the guard page between them
+        self._image_offset = scratch_size + PAGE_SIZE
+        extent = _Extent(self._size + 2 * PAGE_SIZE)
+        self.scratch = SharedMemory(scratch_size, within=(extent, PAGE_SIZE))
+        self.image = source.map_private((extent, PAGE_SIZE + self._image_offset))
+
+    def changed(self, pagemap: PageMap) -> ChangedPages | None:
+        """Return the pages that `revert` has to write, from scratch's first byte on; None where `discard` is better.
+
+        That is, where many pages have changed, or which ones cannot be known.
+
+        Raises:
+            HyperlightError: the memory is closed.
+        """
+        self.scratch._check_open()
+        return pagemap.changed(self.scratch._address, self._size)
+
+    def revert(self, changed: ChangedPages) -> None:
+        """Make every page read as the file behind it, or as zeros, as `discard` does.
+
+        A discarded page costs a fault at the next access, and more than one inside a VM. Few pages are far
+        cheaper written over in place: those that `changed` has just found.
+
+        Raises:
+            HyperlightError: a memory is closed.
+        """
+        self.scratch._check_open()
+        self.image._check_open()
+        image_offset = self._image_offset
+        for offset, size in changed.runs:
+            if offset < image_offset:
+                self.scratch._revert_run(offset, size)
+            else:
+                self.image._revert_run(offset - image_offset, size)
+        if changed.end < self._size:
+            self.scratch.discard(min(changed.end, self.scratch.size))
+            self.image.discard(max(changed.end - image_offset, 0))
+
+    def discard(self) -> None:
+        """Drop all pages of both; raises as `SharedMemory.discard`."""
+        self.scratch.discard()
+        self.image.discard()
+
+    def close(self) -> None:
+        """Close both."""
+        self.scratch.close()
+        self.image.close()
 
 
 class ChangedPages(NamedTuple):
-    """Pages of a private mapping that were written to."""
+    """Pages of a range of addresses that were written to."""
 
     runs: Sequence[tuple[int, int]]
-    """Of pages: (offset from the mapping's first byte, size), in bytes."""
+    """Of pages: (offset from the first address, size), in bytes."""
     end: int
     """The offset, exclusive, where the search ended: of what lies beyond nothing is known."""
+
+    def touch(self, begin: int, end: int) -> bool:
+        """Return whether a page from *begin* to *end* (exclusive) may have been written to."""
+        return end > self.end or any(offset < end and begin < offset + size for offset, size in self.runs)
 
 
 class PageMap:
@@ -941,7 +982,7 @@ class PageMap:
         self._scan: Callable[[], int] | None = partial(_libc.ioctl, self._fd, _PAGEMAP_SCAN, ctypes.byref(self._order))
 
     def changed(self, address: int, size: int) -> ChangedPages | None:
-        """Return the pages that were written to in *size* bytes of a private mapping at *address*, an hva.
+        """Return the pages that were written to in *size* bytes of private mappings from *address*, an hva, on.
 
         None where that cannot be known, or where there are many.
         """

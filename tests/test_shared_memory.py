@@ -432,6 +432,10 @@ def test_overlays_that_cannot_be_are_refused(shared: SharedMemory) -> None:
         for offset, source_offset, size in ((1, 0, PAGE_SIZE), (0, 1, PAGE_SIZE), (0, 0, 1)):
             with pytest.raises(LayoutError, match="whole pages"):
                 shared.overlay(offset, snapshot, source_offset, size)
+        shared.overlay(PAGE_SIZE, snapshot, 0, 2 * PAGE_SIZE)
+        for page in (0, 1, 2):
+            with pytest.raises(LayoutError, match="already"):
+                shared.overlay(page * PAGE_SIZE, snapshot, 0, 2 * PAGE_SIZE)
         for offset, source_offset, size in ((SIZE, 0, PAGE_SIZE), (0, SIZE, PAGE_SIZE), (0, 0, -PAGE_SIZE)):
             with pytest.raises(BoundsCheckFailed):
                 shared.overlay(offset, snapshot, source_offset, size)
@@ -535,72 +539,131 @@ def pagemap(request: pytest.FixtureRequest) -> Iterator[memory.PageMap]:
         yield pagemap
 
 
-def test_reverted_pages_read_as_the_file_the_overlay_or_zero(pagemap: memory.PageMap) -> None:
-    with (
-        sealed_pattern() as snapshot,
-        snapshot.map_private() as image,
-        SharedMemory.anonymous(SIZE) as scratch,
-    ):
-        scratch.overlay(PAGE_SIZE, snapshot, 0, PAGE_SIZE)
-        original = scratch.read(0, SIZE)
-        assert original[PAGE_SIZE : 2 * PAGE_SIZE] == pattern(SIZE)[:PAGE_SIZE]
-        for touched in (range(0, SIZE, PAGE_SIZE), (0,), (PAGE_SIZE,), ()):
-            for page in touched:
-                image.write(page + 5, b"changed")
-                scratch.write(page + 5, b"changed")
-            for mapping in (image, scratch):
-                changed = mapping.changed(pagemap)
-                assert changed is not None
-                assert {page for start, size in changed.runs for page in range(start, start + size, PAGE_SIZE)} >= set(touched)
-                mapping.revert(changed)
-            assert image.read(0, SIZE) == pattern(SIZE)
-            assert scratch.read(0, SIZE) == original
+@pytest.fixture
+def both() -> Iterator[memory.AdjacentMemories]:
+    """Scratch of four pages, the second of which is the image's first, and the image."""
+    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(SIZE, snapshot)) as both:
+        both.scratch.overlay(PAGE_SIZE, snapshot, 0, PAGE_SIZE)
+        yield both
+
+
+def test_reverted_pages_read_as_the_file_the_overlay_or_zero(
+    both: memory.AdjacentMemories, pagemap: memory.PageMap
+) -> None:
+    scratch, image = both.scratch, both.image
+    original = scratch.read(0, SIZE)
+    assert original == bytes(PAGE_SIZE) + pattern(SIZE)[:PAGE_SIZE] + bytes(2 * PAGE_SIZE)
+    assert image.read(0, SIZE) == pattern(SIZE)
+    for touched in (range(0, SIZE, PAGE_SIZE), (0,), (PAGE_SIZE,), (SIZE - PAGE_SIZE,), ()):
+        for page in touched:
+            image.write(page + 5, b"changed")
+            scratch.write(page + 5, b"changed")
+        changed = both.changed(pagemap)
+        assert changed is not None
+        found = {page for start, size in changed.runs for page in range(start, start + size, PAGE_SIZE)}
+        assert found >= {*touched, *(SIZE + PAGE_SIZE + page for page in touched)}
+        assert all(changed.touch(page, page + 1) for page in touched)
+        both.revert(changed)
+        assert scratch.read(0, SIZE) == original
+        assert image.read(0, SIZE) == pattern(SIZE)
+
+
+def test_run_of_changed_pages_may_lie_partly_under_an_overlay(both: memory.AdjacentMemories) -> None:
+    original = both.scratch.read(0, SIZE)
+    for first, count in ((0, 2), (1, 2), (0, 4), (2, 2)):
+        both.scratch.fill(0, SIZE, 0xEE)
+        both.revert(memory.ChangedPages([(first * PAGE_SIZE, count * PAGE_SIZE)], 2 * SIZE + PAGE_SIZE))
+        expected = bytearray(b"\xee" * SIZE)
+        reverted = slice(first * PAGE_SIZE, (first + count) * PAGE_SIZE)
+        expected[reverted] = original[reverted]
+        assert both.scratch.read(0, SIZE) == expected
+
+
+def test_pages_count_as_changed_beyond_the_end_of_the_search() -> None:
+    changed = memory.ChangedPages([(PAGE_SIZE, PAGE_SIZE)], 4 * PAGE_SIZE)
+    ranges = {(0, 1): False, (1, 2): True, (0, 2): True, (2, 3): False, (2, 4): False, (3, 5): True, (5, 6): True}
+    for (begin, end), touched in ranges.items():
+        assert changed.touch(begin * PAGE_SIZE, end * PAGE_SIZE) is touched
+
+
+@pytest.mark.parametrize("end", [0, PAGE_SIZE, SIZE, SIZE + PAGE_SIZE, SIZE + 2 * PAGE_SIZE, 2 * SIZE])
+def test_what_lies_beyond_the_end_of_the_search_is_discarded(both: memory.AdjacentMemories, end: int) -> None:
+    original = both.scratch.read(0, SIZE)
+    both.scratch.fill(0, SIZE, 0xEE)
+    both.image.fill(0, SIZE, 0xEE)
+    both.revert(memory.ChangedPages([], end))
+    kept = min(end, SIZE)
+    assert both.scratch.read(0, SIZE) == b"\xee" * kept + original[kept:]
+    kept = max(end - SIZE - PAGE_SIZE, 0)
+    assert both.image.read(0, SIZE) == b"\xee" * kept + pattern(SIZE)[kept:]
 
 
 def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones(pagemap: memory.PageMap) -> None:
-    with SharedMemory.anonymous(66 * PAGE_SIZE) as mapping:
-        mapping.fill(0, 64 * PAGE_SIZE, 1)
-        assert mapping.changed(pagemap) == ([(0, 64 * PAGE_SIZE)], 66 * PAGE_SIZE)
-        mapping.discard()
-        for page in range(0, 66, 2):  # each a run of its own
-            mapping.write_u8(page * PAGE_SIZE, 1)
-        changed = mapping.changed(pagemap)
-        assert changed is not None
-        assert changed.runs == [(page * PAGE_SIZE, PAGE_SIZE) for page in range(0, 66, 2)]
-        mapping.fill(0, 65 * PAGE_SIZE, 1)
-        assert mapping.changed(pagemap) is None
+    size, most = 130 * PAGE_SIZE, 128
+    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(size, snapshot)) as both:
+        searched = size + PAGE_SIZE + SIZE
+        both.scratch.fill(0, most * PAGE_SIZE, 1)
+        assert both.changed(pagemap) == ([(0, most * PAGE_SIZE)], searched)
+        both.discard()
+        for page in range(0, 130, 2):  # each a run of its own
+            both.scratch.write_u8(page * PAGE_SIZE, 1)
+        assert both.changed(pagemap) == ([(page * PAGE_SIZE, PAGE_SIZE) for page in range(0, 130, 2)], searched)
+        both.scratch.fill(0, (most + 1) * PAGE_SIZE, 1)
+        assert both.changed(pagemap) is None
         pagemap.close()
-        mapping.discard()
-        assert mapping.changed(pagemap) is None
+        both.discard()
+        assert both.changed(pagemap) is None
 
 
-def test_pages_that_were_only_read_have_not_changed() -> None:
-    with contextlib.closing(memory.PageMap()) as pagemap, sealed_pattern() as snapshot, snapshot.map_private() as mapping:
-        assert mapping.read(0, SIZE) == pattern(SIZE)
-        assert mapping.changed(pagemap) == ([], SIZE)
+def test_pages_that_were_only_read_have_not_changed(both: memory.AdjacentMemories) -> None:
+    with contextlib.closing(memory.PageMap()) as pagemap:
+        assert both.image.read(0, SIZE) == pattern(SIZE)
+        assert both.changed(pagemap) == ([], 2 * SIZE + PAGE_SIZE)
 
 
 def test_what_lies_beyond_the_first_mebibyte_is_reverted_too(pagemap: memory.PageMap) -> None:
-    with SharedMemory.anonymous(2 << 20) as mapping:
-        mapping.write(PAGE_SIZE, b"near")
-        mapping.write((1 << 20) + PAGE_SIZE, b"far")
-        changed = mapping.changed(pagemap)
+    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(2 << 20, snapshot)) as both:
+        both.scratch.write(PAGE_SIZE, b"near")
+        both.scratch.write((1 << 20) + PAGE_SIZE, b"far")
+        both.image.fill(0, SIZE, 0xEE)
+        changed = both.changed(pagemap)
         assert changed is not None
-        mapping.revert(changed)
-        assert mapping.read(0, 2 << 20) == bytes(2 << 20)
+        both.revert(changed)
+        assert both.scratch.read(0, 2 << 20) == bytes(2 << 20)
+        assert both.image.read(0, SIZE) == pattern(SIZE)
 
 
-def test_only_private_writable_memory_can_be_reverted(tmp_path: Path) -> None:
-    with SharedMemory.memfd(PAGE_SIZE) as shared, pytest.raises(HyperlightError, match="private"):
-        shared.revert(memory.ChangedPages([], 0))
-    path = tmp_path / "file"
-    path.write_bytes(bytes(PAGE_SIZE))
-    with (
-        path.open("rb") as file,
-        SharedMemory.from_fd(file.fileno(), PAGE_SIZE) as mapping,
-        pytest.raises(HyperlightError, match="writable"),
+def test_nothing_reaches_closed_memories(both: memory.AdjacentMemories, pagemap: memory.PageMap) -> None:
+    both.close()
+    for use in (
+        lambda: both.changed(pagemap),
+        lambda: both.revert(memory.ChangedPages([(0, PAGE_SIZE)], PAGE_SIZE)),
+        both.discard,
+        lambda: both.scratch.read(0, 1),
+        lambda: both.image.read(0, 1),
     ):
-        mapping.revert(memory.ChangedPages([], 0))
+        with pytest.raises(HyperlightError):
+            use()
+
+
+@pytest.mark.parametrize("size", [-PAGE_SIZE, 0, 1, PAGE_SIZE + 1, 1 << 60])
+def test_adjacent_memories_of_impossible_sizes_are_refused(size: int) -> None:
+    with sealed_pattern() as snapshot, pytest.raises(HyperlightError):
+        memory.AdjacentMemories(size, snapshot)
+
+
+def test_memories_stay_mapped_for_as_long_as_one_of_them_is_used() -> None:
+    with sealed_pattern() as snapshot:
+        both = memory.AdjacentMemories(SIZE, snapshot)
+    scratch, held = both.scratch, both.image.hold()
+    both.image.close()
+    scratch.write(0, b"still here")
+    assert scratch.read(0, 10) == b"still here"
+    both.close()
+    address = held.address  # type: ignore[attr-defined]
+    assert f"{address:x}-" in Path("/proc/self/maps").read_text()
+    del held, both, scratch
+    assert f"{address:x}-" not in Path("/proc/self/maps").read_text()
 
 
 def test_only_whole_private_pages_can_be_discarded(shared: SharedMemory) -> None:
@@ -615,6 +678,7 @@ def test_only_whole_private_pages_can_be_discarded(shared: SharedMemory) -> None
 
 TOUCH = """
 import ctypes, sys
+import memory
 from memory import PAGE_SIZE, SharedMemory
 mapping = SharedMemory.{create}
 address = mapping.with_hva(int)
@@ -622,6 +686,7 @@ ctypes.string_at(address, mapping.size)             # the inside is fine
 {touch}
 print("survived")
 """
+PAIR = "anonymous(PAGE_SIZE); mapping = memory.AdjacentMemories(PAGE_SIZE, SharedMemory.sealed(PAGE_SIZE, []))."
 TOUCHES = {
     "read": "ctypes.string_at(address - 1, 1)",
     "write": "ctypes.memset(address - 1, 0, 1)",
@@ -631,7 +696,7 @@ TOUCHES = {
 }
 
 
-@pytest.mark.parametrize("create", ["anonymous(2 * PAGE_SIZE)", "memfd(PAGE_SIZE)"])
+@pytest.mark.parametrize("create", ["anonymous(2 * PAGE_SIZE)", "memfd(PAGE_SIZE)", f"{PAIR}scratch", f"{PAIR}image"])
 @pytest.mark.parametrize("touch", TOUCHES)
 def test_touching_a_guard_page_faults(touch: str, create: str) -> None:
     """B.4/86, B.4/87 and B.4/88."""

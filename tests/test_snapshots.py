@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -366,8 +368,9 @@ def test_host_functions_of_a_new_sandbox_must_cover_the_snapshots(needs_host_add
         assert sandbox.call("Add", 1, 41) == 42
 
 
+@pytest.mark.parametrize("step", range(4))
 def test_lack_of_memory_touches_nothing(
-    sandbox: MultiUseSandbox, other: MultiUseSandbox, region: SharedMemory, monkeypatch: pytest.MonkeyPatch
+    sandbox: MultiUseSandbox, other: MultiUseSandbox, region: SharedMemory, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """The new memory is there before the old one goes."""
     theirs = other.snapshot()
@@ -375,11 +378,16 @@ def test_lack_of_memory_touches_nothing(
     assert read_mapped(sandbox, map_it=True) == b"mapped"
     mine = sandbox.snapshot()
 
-    def refuse(*_: object, **__: object) -> SharedMemory:
-        raise memory.MmapFailed(12, "cannot map")
+    mappings = itertools.count()
 
+    def refuse(*arguments: Any) -> int:
+        if next(mappings) == step:
+            raise memory.MmapFailed(12, "cannot map")
+        return mmap(*arguments)
+
+    mmap = memory._mmap
     with monkeypatch.context() as patch:
-        patch.setattr(SharedMemory, "anonymous", refuse)
+        patch.setattr(memory, "_mmap", refuse)
         with pytest.raises(memory.MmapFailed):
             sandbox.restore(theirs)
     assert sandbox.status is SandboxStatus.READY
@@ -605,14 +613,15 @@ def test_restore_that_fails_at_the_vcpu_or_a_region_can_be_tried_again(
     sandbox.map_region(BASE, region, READ)
     with monkeypatch.context() as patch:
         if step in VCPU_STEPS:
-            make = kvm_abi.PreparedIoctl.__call__
+            make, refused = kvm_abi._quick_ioctl, int(getattr(kvm_abi, step))
 
-            def fail(prepared: kvm_abi.PreparedIoctl, fd: int) -> None:
-                if prepared.name == step:
-                    raise kvm_abi.KvmError(step, errno.EIO)
-                make(prepared, fd)
+            def fail(fd: int, request: int, reference: Any) -> int:
+                if request != refused:
+                    return make(fd, request, reference)
+                ctypes.set_errno(errno.EIO)
+                return -1
 
-            patch.setattr(kvm_abi.PreparedIoctl, "__call__", fail)
+            patch.setattr(kvm_abi, "_quick_ioctl", fail)
         else:
             failing(kvm_abi.Vm, "set_user_memory_region", patch, when=lambda _slot, _flags, gpa, *_: gpa == BASE)
         with pytest.raises(KvmError):

@@ -73,22 +73,15 @@ static uint64_t now(void) {
 
 /* ---- Memory --------------------------------------------------------------------------------------------------- */
 
+/* Both lie in one mapping, scratch first, with a page that nobody can touch before, between and after them. */
 struct memory {
-    uint8_t *image, *scratch;
+    uint8_t *scratch, *image, *outer;
+    uint64_t outer_size;
 };
 
-/* Maps `size` bytes between two pages that nobody can touch. */
-static uint8_t *map_between_guards(uint64_t size, int fd) {
-    uint8_t *outer = mmap(NULL, size + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    must(outer != MAP_FAILED, "mmap");
+static void map_at(uint8_t *place, uint64_t size, int fd, uint64_t offset) {
     int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE | (fd < 0 ? MAP_ANONYMOUS : 0);
-    void *inner = mmap(outer + PAGE, size, PROT_READ | PROT_WRITE, flags, fd, 0);
-    must(inner != MAP_FAILED, "mmap");
-    return inner;
-}
-
-static void unmap_between_guards(uint8_t *inner, uint64_t size) {
-    munmap(inner - PAGE, size + 2 * PAGE);
+    must(mmap(place, size, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset) != MAP_FAILED, "mmap");
 }
 
 static void write_u64(uint8_t *place, uint64_t value) { memcpy(place, &value, sizeof value); }
@@ -108,10 +101,14 @@ static void write_words(const struct image *image, struct memory memory) {
 
 static struct memory map_memory(const struct image *image) {
     int fd = (int)image->fd;
-    struct memory memory = {map_between_guards(image->size, fd), map_between_guards(image->scratch_size, -1)};
-    void *tables = mmap(memory.scratch + image->scratch_tables_offset, image->tables_size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)image->memory_size);
-    must(tables != MAP_FAILED, "mmap of the tables");
+    struct memory memory = {.outer_size = image->scratch_size + image->size + 3 * PAGE};
+    memory.outer = mmap(NULL, memory.outer_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    must(memory.outer != MAP_FAILED, "mmap");
+    memory.scratch = memory.outer + PAGE;
+    memory.image = memory.scratch + image->scratch_size + PAGE;
+    map_at(memory.scratch, image->scratch_size, -1, 0);
+    map_at(memory.image, image->size, fd, 0);
+    map_at(memory.scratch + image->scratch_tables_offset, image->tables_size, fd, image->memory_size);
     write_words(image, memory);
     return memory;
 }
@@ -168,8 +165,7 @@ static void close_vm(struct vm *vm) {
         close(vm->pagemap_fd);
     close(vm->vcpu_fd);
     close(vm->vm_fd);
-    unmap_between_guards(vm->memory.image, vm->image->size);
-    unmap_between_guards(vm->memory.scratch, vm->image->scratch_size);
+    munmap(vm->memory.outer, vm->memory.outer_size);
 }
 
 static void load(struct vm *vm, const struct kvm_regs *registers) {
@@ -339,26 +335,27 @@ static int any_in(const struct changes *changes, uint64_t begin, uint64_t end) {
  * they are where KVM shadows them. Where it does not, the processor marks in them what it used, and all is discarded. */
 static void restore(struct vm *vm) {
     const struct image *image = vm->image;
-    uint64_t tables = image->scratch_tables_offset, scratch_from = 0, image_from = 0;
-    struct changes in_image, in_scratch;
+    uint64_t tables = image->scratch_tables_offset, image_from = image->scratch_size + PAGE, kept = 0;
+    struct changes changes;
     if (vm->pagemap_fd < 0)
         vm->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    must(find_changes(vm, vm->memory.scratch, image->scratch_size, &in_scratch) &&
-         find_changes(vm, vm->memory.image, image->size, &in_image), "more pages have changed than this floor is for");
-    if (!any_in(&in_scratch, tables, tables + image->tables_size)) {
-        for (uint64_t i = 0; i < in_scratch.count; i++)
-            memset(vm->memory.scratch + in_scratch.pages[i], 0, PAGE);
-        for (uint64_t i = 0; i < in_image.count; i++) {
-            uint64_t at = in_image.pages[i];
-            must(pread((int)image->fd, vm->memory.image + at, PAGE, (off_t)at) == PAGE, "pread");
+    must(find_changes(vm, vm->memory.scratch, image_from + image->size, &changes),
+         "more pages have changed than this floor is for");
+    if (!any_in(&changes, tables, tables + image->tables_size)) {
+        for (uint64_t i = 0; i < changes.count; i++) {
+            uint64_t at = changes.pages[i];
+            if (at < image_from)
+                memset(vm->memory.scratch + at, 0, PAGE);
+            else
+                must(pread((int)image->fd, vm->memory.scratch + at, PAGE, (off_t)(at - image_from)) == PAGE, "pread");
         }
-        scratch_from = in_scratch.end;
-        image_from = in_image.end;
+        kept = changes.end;
     }
-    if (image->scratch_size > scratch_from)
-        discard(vm->memory.scratch + scratch_from, image->scratch_size - scratch_from);
-    if (image->size > image_from)
-        discard(vm->memory.image + image_from, image->size - image_from);
+    if (kept < image->scratch_size)
+        discard(vm->memory.scratch + kept, image->scratch_size - kept);
+    uint64_t kept_image = kept > image_from ? kept - image_from : 0;
+    if (kept_image < image->size)
+        discard(vm->memory.image + kept_image, image->size - kept_image);
     write_words(image, vm->memory);
     reset_vcpu(vm);
 }
