@@ -1670,16 +1670,16 @@ class _Ram:
         self.translations_are_stale = True
         """Whether a VM may hold translations of tables that are here no more: cleared by who flushes them."""
         with contextlib.ExitStack() as undo:
-            self._both = undo.enter_context(contextlib.closing(memory.AdjacentMemories(layout.scratch_size, snapshot.memory)))
-            self.scratch, self.image = self._both.scratch, self._both.image
+            both = memory.AdjacentMemories(layout.scratch_size, snapshot.memory)
+            self._both = undo.enter_context(contextlib.closing(both))
+            self.scratch, self.image = both.scratch, both.image
             self.scratch.overlay(
                 layout.page_table_scratch_offset, snapshot.memory, layout.memory_size, layout.pt_size
             )
-            self._tables_begin = layout.page_table_scratch_offset
-            self._tables_end = self._tables_begin + layout.pt_size
+            self._tables = layout.page_table_scratch_offset, layout.page_table_scratch_offset + layout.pt_size
             self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
             self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
-            self._pagemap: memory.PageMap | None = None  # until the first reset
+            self._harmless: memory.ChangedPages | None = None  # which are no page tables
             self._top = self._bookkeeping()
             self._write_bookkeeping()
             self._mappings = undo.pop_all()
@@ -1691,10 +1691,10 @@ class _Ram:
         has not: a VM that shadows them does not see what the host writes (spec/kvm-hosts.md 2.9), and holds on
         to translations of pages that are not taken away.
         """
-        if self._pagemap is None:
-            self._pagemap = self._mappings.enter_context(contextlib.closing(memory.PageMap()))
-        changed = self._both.changed(self._pagemap) if self.snapshot.elf.privilege.user_mode else None
-        if changed is None or changed.touch(self._tables_begin, self._tables_end):
+        changed = self._both.changed() if self.snapshot.elf.privilege.user_mode else None
+        if changed is not None and changed is not self._harmless and not changed.touch(*self._tables):
+            self._harmless = changed
+        if changed is None or changed is not self._harmless:
             self.translations_are_stale = True
             self._both.discard()
         else:

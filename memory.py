@@ -470,7 +470,7 @@ class SharedMemory:
         shared: bool = False,
         within: tuple[_Extent, int] | None = None,
     ) -> None:
-        """Map `size` bytes, at an offset `within` addresses that are reserved; the named constructors are the public way here.
+        """Map `size` bytes, `within` reserved addresses at an offset; the named constructors are the public way here.
 
         Raises:
             LayoutError: the size is not a positive multiple of PAGE_SIZE, or is absurd.
@@ -825,18 +825,16 @@ class SharedMemory:
         state = "closed" if self.closed else f"{kind} {backing}"
         return f"<SharedMemory {self._size:#x} bytes, {state}>"
 
-    def _revert_run(self, offset: int, size: int) -> None:
-        """Write the original content over a run of pages; what lies under an overlay is the overlay's."""
-        view, end = self._view, offset + size
+    def _original(self, begin: int, end: int) -> bytes:
+        """Return what a discarded run of pages would read as; what lies under an overlay is the overlay's."""
+        size = end - begin
+        content = self._file.read(self._file_offset + begin, size) if self._file else bytes(size)
         for start, stop, file, place in self._overlays:
-            if start <= offset and end <= stop:  # all of the run, as nearly always
-                view[offset:end] = file.read(place + offset - start, size)
-                return
-        view[offset:end] = self._file.read(self._file_offset + offset, size) if self._file else bytes(size)
-        for start, stop, file, place in self._overlays:
-            if start < end and offset < stop:
-                first, last = max(offset, start), min(end, stop)
-                view[first:last] = file.read(place + first - start, last - first)
+            first, last = max(begin, start), min(end, stop)
+            if first < last:
+                covered = file.read(place + first - start, last - first)
+                content = content[: first - begin] + covered + content[last - begin :]
+        return content
 
     def _map_between_guards(self) -> None:
         flags = (_MAP_SHARED if self._shared else _MAP_PRIVATE) | _MAP_FIXED | _MAP_NORESERVE
@@ -887,20 +885,28 @@ class _Extent:
 class AdjacentMemories:
     """A guest's scratch and image side by side, so that one look tells which pages of either have changed.
 
-    Three guard pages lie around and between them. Raises as `SharedMemory.anonymous` and `map_private`.
+    Guard pages lie before, between and after them.
     """
 
     def __init__(self, scratch_size: int, source: SharedMemory) -> None:
-        """Map `scratch_size` zeroed bytes, and privately the file behind `source`."""
-        _check_mapping_size(scratch_size + source.size)
-        self._size = scratch_size + PAGE_SIZE + source.size  # of both, and the guard page between them
-        self._image_offset = scratch_size + PAGE_SIZE
+        """Map `scratch_size` zeroed bytes, and privately the sealed file behind `source`.
+
+        Raises as `SharedMemory.anonymous` and `map_private`, and HyperlightError where the file can change.
+        """
+        _check_mapping_size(scratch_size)
+        if source._file is None or not source._file.is_sealed:
+            raise HyperlightError("a guest's image must be a sealed memory file")
+        self._image_offset = scratch_size + PAGE_SIZE  # as all offsets here, from scratch's first byte
+        self._size = self._image_offset + source.size
         extent = _Extent(self._size + 2 * PAGE_SIZE)
         self.scratch = SharedMemory(scratch_size, within=(extent, PAGE_SIZE))
         self.image = source.map_private((extent, PAGE_SIZE + self._image_offset))
+        self._pagemap: PageMap | None = None  # until it is needed
+        self._planned: ChangedPages | None = None
+        self._plan: list[tuple[memoryview, bytes]] = []  # what to write where, to revert that
 
-    def changed(self, pagemap: PageMap) -> ChangedPages | None:
-        """Return the pages that `revert` has to write, from scratch's first byte on; None where `discard` is better.
+    def changed(self) -> ChangedPages | None:
+        """Return the pages that `revert` has to write; None where `discard` is the better way.
 
         That is, where many pages have changed, or which ones cannot be known.
 
@@ -908,7 +914,9 @@ class AdjacentMemories:
             HyperlightError: the memory is closed.
         """
         self.scratch._check_open()
-        return pagemap.changed(self.scratch._address, self._size)
+        if self._pagemap is None:
+            self._pagemap = PageMap(self.scratch._address, self._size)
+        return self._pagemap.changed()
 
     def revert(self, changed: ChangedPages) -> None:
         """Make every page read as the file behind it, or as zeros, as `discard` does.
@@ -921,15 +929,21 @@ class AdjacentMemories:
         """
         self.scratch._check_open()
         self.image._check_open()
-        image_offset = self._image_offset
-        for offset, size in changed.runs:
-            if offset < image_offset:
-                self.scratch._revert_run(offset, size)
-            else:
-                self.image._revert_run(offset - image_offset, size)
+        for place, content in self._plan if changed is self._planned else self._plan_for(changed):
+            place[:] = content
         if changed.end < self._size:
             self.scratch.discard(min(changed.end, self.scratch.size))
-            self.image.discard(max(changed.end - image_offset, 0))
+            self.image.discard(max(changed.end - self._image_offset, 0))
+
+    def _plan_for(self, changed: ChangedPages) -> list[tuple[memoryview, bytes]]:
+        """Return what to write where. Guests change the same few pages in each call: the last short plan is kept."""
+        plan = []
+        for begin, end in changed.runs:
+            memory, offset = (self.scratch, 0) if begin < self._image_offset else (self.image, self._image_offset)
+            plan.append((memory.view(begin - offset, end - begin), memory._original(begin - offset, end - offset)))
+        if sum(end - begin for begin, end in changed.runs) <= _MAX_PLAN_SIZE:
+            self._planned, self._plan = changed, plan
+        return plan
 
     def discard(self) -> None:
         """Drop all pages of both; raises as `SharedMemory.discard`."""
@@ -938,79 +952,96 @@ class AdjacentMemories:
 
     def close(self) -> None:
         """Close both."""
+        if self._pagemap is not None:
+            self._pagemap.close()
         self.scratch.close()
         self.image.close()
+
+
+_MAX_PLAN_SIZE = 16 * PAGE_SIZE  # bytes; of more, looking them up is not what takes time
 
 
 class ChangedPages(NamedTuple):
     """Pages of a range of addresses that were written to."""
 
     runs: Sequence[tuple[int, int]]
-    """Of pages: (offset from the first address, size), in bytes."""
+    """Of pages: offsets from the first address, in bytes; ends exclusive."""
     end: int
     """The offset, exclusive, where the search ended: of what lies beyond nothing is known."""
 
     def touch(self, begin: int, end: int) -> bool:
         """Return whether a page from *begin* to *end* (exclusive) may have been written to."""
-        return end > self.end or any(offset < end and begin < offset + size for offset, size in self.runs)
+        return end > self.end or any(first < end and begin < last for first, last in self.runs)
 
 
 class PageMap:
-    """The kernel's map of this process's pages: which of them are copies of its own.
+    """The kernel's map of some addresses of this process: which of their pages are copies of its own.
 
-    Made for mappings of the process that makes it: after a fork, the child's are not the ones it tells about.
+    After a fork, it still tells about the process that made it.
     Source: Documentation/admin-guide/mm/pagemap.rst in the kernel, /proc/pid/pagemap and PAGEMAP_SCAN.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, address: int, size: int) -> None:
+        """Look at `size` bytes of private mappings from `address`, an hva, on."""
         try:
             self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # then nothing is known, and all of it is discarded at each revert
             self._fd = -1
         self._finalizer = weakref.finalize(self, _close_unless_missing, self._fd)
         self._finalizer.atexit = False
-        self._found = (ctypes.c_uint64 * (3 * _MAX_REVERTED_PAGES))()  # struct page_region: start, end, categories
+        self._address, self._size = address, size
+        found = (ctypes.c_uint64 * (3 * _MAX_REVERTED_PAGES))()  # struct page_region: start, end, categories
+        self._found = memoryview(found).cast("B")
         self._order = _pm_scan_arg(
             size=ctypes.sizeof(_pm_scan_arg),
-            vec=ctypes.addressof(self._found),
+            start=address,
+            end=address + size,
+            vec=ctypes.addressof(found),
             vec_len=_MAX_REVERTED_PAGES,
-            max_pages=_MAX_REVERTED_PAGES + 1,
+            max_pages=_MAX_REVERTED_PAGES,
             category_inverted=_PAGE_IS_FILE,
             category_mask=_PAGE_IS_FILE,
             category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,
         )
         self._scan: Callable[[], int] | None = partial(_libc.ioctl, self._fd, _PAGEMAP_SCAN, ctypes.byref(self._order))
+        self._last_found = b""
+        self._last = ChangedPages([], size)
 
-    def changed(self, address: int, size: int) -> ChangedPages | None:
-        """Return the pages that were written to in *size* bytes of private mappings from *address*, an hva, on.
+    def changed(self) -> ChangedPages | None:
+        """Return the pages that were written to, the same object as long as they are the same.
 
         None where that cannot be known, or where there are many.
         """
         if self._scan is None:
-            return self._read(address, size)
-        order = self._order
-        order.start, order.end = address, address + size
+            return self._read()
         if (count := self._scan()) < 0:  # Linux has it since 6.7
             self._scan = None
-            return self._read(address, size)
-        found = self._found[: 3 * count]
-        runs = [(start - address, end - start) for start, end in zip(found[::3], found[1::3], strict=True)]
-        if order.walk_end < address + size or sum(run[1] for run in runs) > _MAX_REVERTED_PAGES * PAGE_SIZE:
+            return self._read()
+        if self._order.walk_end < self._order.end:
             return None
-        return ChangedPages(runs, size)
+        found = self._found[: count * _PAGE_REGION.size].tobytes()
+        if found != self._last_found:
+            regions = _PAGE_REGION.iter_unpack(found)
+            begin = self._address
+            self._last = ChangedPages([(start - begin, end - begin) for start, end, _ in regions], self._size)
+            self._last_found = found
+        return self._last
 
-    def _read(self, address: int, size: int) -> ChangedPages | None:
+    def _read(self) -> ChangedPages | None:
         """Look at one entry for each page, and so not at all of them."""
-        size = min(size, _READ_WINDOW)
+        size = min(self._size, _READ_WINDOW)
         try:
-            entries = os.pread(self._fd, size // PAGE_SIZE * 8, address // PAGE_SIZE * 8)
+            entries = os.pread(self._fd, size // PAGE_SIZE * 8, self._address // PAGE_SIZE * 8)
         except OSError:
             return None
         pages = entries[7::8].translate(_IS_CHANGED)
         if len(pages) != size // PAGE_SIZE or pages.count(1) > _MAX_REVERTED_PAGES:
             return None
-        runs = [(run.start() * PAGE_SIZE, len(run[0]) * PAGE_SIZE) for run in _POPULATED_RUN.finditer(pages)]
-        return ChangedPages(runs, size)
+        if pages != self._last_found:
+            runs = _POPULATED_RUN.finditer(pages)
+            self._last = ChangedPages([(run.start() * PAGE_SIZE, run.end() * PAGE_SIZE) for run in runs], size)
+            self._last_found = pages
+        return self._last
 
     def close(self) -> None:
         """Close the file; afterwards nothing is known."""
@@ -1030,6 +1061,7 @@ class _pm_scan_arg(ctypes.Structure):
     ]
 
 
+_PAGE_REGION = struct.Struct("<3Q")
 _PAGEMAP_SCAN = 3 << 30 | ctypes.sizeof(_pm_scan_arg) << 16 | ord("f") << 8 | 16
 _PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _READ_WINDOW = 1 << 20  # bytes at the begin of a mapping: reading more entries costs more than a discard
@@ -1064,6 +1096,11 @@ class _File:
         except OSError as error:
             raise MmapFailed(error.errno, f"cannot seal the memory file: {error.strerror}") from error
         self._kept = {}
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the content is for ever."""
+        return self._kept is not None
 
     def read(self, offset: int, size: int) -> bytes:
         """Return bytes of the file, with zeros for what is beyond its end.

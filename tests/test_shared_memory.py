@@ -530,49 +530,72 @@ def test_discarded_file_pages_read_as_the_file() -> None:
         assert mapping.read(0, SIZE) == b"\xee" * 2 * PAGE_SIZE + pattern(SIZE)[2 * PAGE_SIZE :]
 
 
+@contextlib.contextmanager
+def adjacent(scratch_size: int, way: str = "scanned") -> Iterator[memory.AdjacentMemories]:
+    """Scratch, and the pattern as image; what has changed is read as Linux before 6.7 offers it, or scanned."""
+    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(scratch_size, snapshot)) as both:
+        assert both.changed() is not None
+        if way == "read":
+            assert both._pagemap is not None
+            both._pagemap._scan = None
+        yield both
+
+
 @pytest.fixture(params=["scanned", "read"])
-def pagemap(request: pytest.FixtureRequest) -> Iterator[memory.PageMap]:
-    """As the kernel offers it, and as Linux before 6.7 does."""
-    with contextlib.closing(memory.PageMap()) as pagemap:
-        if request.param == "read":
-            pagemap._scan = None
-        yield pagemap
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def both() -> Iterator[memory.AdjacentMemories]:
-    """Scratch of four pages, the second of which is the image's first, and the image."""
-    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(SIZE, snapshot)) as both:
+def both(way: str) -> Iterator[memory.AdjacentMemories]:
+    """Scratch has four pages, the second of which is the image's first."""
+    with adjacent(SIZE, way) as both, sealed_pattern() as snapshot:
         both.scratch.overlay(PAGE_SIZE, snapshot, 0, PAGE_SIZE)
         yield both
 
 
-def test_reverted_pages_read_as_the_file_the_overlay_or_zero(
-    both: memory.AdjacentMemories, pagemap: memory.PageMap
-) -> None:
+def test_reverted_pages_read_as_the_file_the_overlay_or_zero(both: memory.AdjacentMemories) -> None:
     scratch, image = both.scratch, both.image
     original = scratch.read(0, SIZE)
     assert original == bytes(PAGE_SIZE) + pattern(SIZE)[:PAGE_SIZE] + bytes(2 * PAGE_SIZE)
     assert image.read(0, SIZE) == pattern(SIZE)
     for touched in (range(0, SIZE, PAGE_SIZE), (0,), (PAGE_SIZE,), (SIZE - PAGE_SIZE,), ()):
-        for page in touched:
-            image.write(page + 5, b"changed")
-            scratch.write(page + 5, b"changed")
-        changed = both.changed(pagemap)
+        for _ in ("first", "again"):
+            for page in touched:
+                image.write(page + 5, b"changed")
+                scratch.write(page + 5, b"changed")
+            changed = both.changed()
+            assert changed is not None
+            found = {page for start, end in changed.runs for page in range(start, end, PAGE_SIZE)}
+            assert found >= {*touched, *(SIZE + PAGE_SIZE + page for page in touched)}
+            assert all(changed.touch(page, page + 1) for page in touched)
+            both.revert(changed)
+            assert scratch.read(0, SIZE) == original
+            assert image.read(0, SIZE) == pattern(SIZE)
+
+
+def test_plan_is_kept_for_the_same_pages_and_no_others(both: memory.AdjacentMemories) -> None:
+    """What an earlier restore put back says nothing about which pages the next one has to."""
+    reverted = []
+    for page in (0, 0, 2, 0, 2):
+        both.discard()
+        both.scratch.write(page * PAGE_SIZE, b"changed")
+        changed = both.changed()
         assert changed is not None
-        found = {page for start, size in changed.runs for page in range(start, start + size, PAGE_SIZE)}
-        assert found >= {*touched, *(SIZE + PAGE_SIZE + page for page in touched)}
-        assert all(changed.touch(page, page + 1) for page in touched)
+        assert changed.runs == [(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)]
         both.revert(changed)
-        assert scratch.read(0, SIZE) == original
-        assert image.read(0, SIZE) == pattern(SIZE)
+        assert both.scratch.read(page * PAGE_SIZE, 7) == bytes(7)
+        reverted.append(changed)
+    first, second, third, *_ = reverted
+    assert first is second
+    assert second is not third
 
 
 def test_run_of_changed_pages_may_lie_partly_under_an_overlay(both: memory.AdjacentMemories) -> None:
     original = both.scratch.read(0, SIZE)
     for first, count in ((0, 2), (1, 2), (0, 4), (2, 2)):
         both.scratch.fill(0, SIZE, 0xEE)
-        both.revert(memory.ChangedPages([(first * PAGE_SIZE, count * PAGE_SIZE)], 2 * SIZE + PAGE_SIZE))
+        both.revert(memory.ChangedPages([(first * PAGE_SIZE, (first + count) * PAGE_SIZE)], 2 * SIZE + PAGE_SIZE))
         expected = bytearray(b"\xee" * SIZE)
         reverted = slice(first * PAGE_SIZE, (first + count) * PAGE_SIZE)
         expected[reverted] = original[reverted]
@@ -580,7 +603,7 @@ def test_run_of_changed_pages_may_lie_partly_under_an_overlay(both: memory.Adjac
 
 
 def test_pages_count_as_changed_beyond_the_end_of_the_search() -> None:
-    changed = memory.ChangedPages([(PAGE_SIZE, PAGE_SIZE)], 4 * PAGE_SIZE)
+    changed = memory.ChangedPages([(PAGE_SIZE, 2 * PAGE_SIZE)], 4 * PAGE_SIZE)
     ranges = {(0, 1): False, (1, 2): True, (0, 2): True, (2, 3): False, (2, 4): False, (3, 5): True, (5, 6): True}
     for (begin, end), touched in ranges.items():
         assert changed.touch(begin * PAGE_SIZE, end * PAGE_SIZE) is touched
@@ -598,58 +621,69 @@ def test_what_lies_beyond_the_end_of_the_search_is_discarded(both: memory.Adjace
     assert both.image.read(0, SIZE) == b"\xee" * kept + pattern(SIZE)[kept:]
 
 
-def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones(pagemap: memory.PageMap) -> None:
+def test_many_changed_pages_are_better_discarded_and_so_are_unknown_ones(way: str) -> None:
     size, most = 130 * PAGE_SIZE, 128
-    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(size, snapshot)) as both:
+    with adjacent(size, way) as both:
         searched = size + PAGE_SIZE + SIZE
         both.scratch.fill(0, most * PAGE_SIZE, 1)
-        assert both.changed(pagemap) == ([(0, most * PAGE_SIZE)], searched)
+        assert both.changed() == ([(0, most * PAGE_SIZE)], searched)
         both.discard()
         for page in range(0, 130, 2):  # each a run of its own
             both.scratch.write_u8(page * PAGE_SIZE, 1)
-        assert both.changed(pagemap) == ([(page * PAGE_SIZE, PAGE_SIZE) for page in range(0, 130, 2)], searched)
+        runs = [(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in range(0, 130, 2)]
+        assert both.changed() == (runs, searched)
         both.scratch.fill(0, (most + 1) * PAGE_SIZE, 1)
-        assert both.changed(pagemap) is None
-        pagemap.close()
+        assert both.changed() is None
         both.discard()
-        assert both.changed(pagemap) is None
+        assert both.changed() == ([], searched)
+        assert both._pagemap is not None
+        both._pagemap.close()
+        assert both.changed() is None
 
 
-def test_pages_that_were_only_read_have_not_changed(both: memory.AdjacentMemories) -> None:
-    with contextlib.closing(memory.PageMap()) as pagemap:
+def test_pages_that_were_only_read_have_not_changed() -> None:
+    with adjacent(SIZE) as both:
         assert both.image.read(0, SIZE) == pattern(SIZE)
-        assert both.changed(pagemap) == ([], 2 * SIZE + PAGE_SIZE)
+        assert both.changed() == ([], 2 * SIZE + PAGE_SIZE)
 
 
-def test_what_lies_beyond_the_first_mebibyte_is_reverted_too(pagemap: memory.PageMap) -> None:
-    with sealed_pattern() as snapshot, contextlib.closing(memory.AdjacentMemories(2 << 20, snapshot)) as both:
+def test_what_lies_beyond_the_first_mebibyte_is_reverted_too(way: str) -> None:
+    with adjacent(2 << 20, way) as both:
         both.scratch.write(PAGE_SIZE, b"near")
         both.scratch.write((1 << 20) + PAGE_SIZE, b"far")
         both.image.fill(0, SIZE, 0xEE)
-        changed = both.changed(pagemap)
+        changed = both.changed()
         assert changed is not None
         both.revert(changed)
         assert both.scratch.read(0, 2 << 20) == bytes(2 << 20)
         assert both.image.read(0, SIZE) == pattern(SIZE)
 
 
-def test_nothing_reaches_closed_memories(both: memory.AdjacentMemories, pagemap: memory.PageMap) -> None:
-    both.close()
-    for use in (
-        lambda: both.changed(pagemap),
-        lambda: both.revert(memory.ChangedPages([(0, PAGE_SIZE)], PAGE_SIZE)),
-        both.discard,
-        lambda: both.scratch.read(0, 1),
-        lambda: both.image.read(0, 1),
-    ):
-        with pytest.raises(HyperlightError):
-            use()
+def test_nothing_reaches_closed_memories() -> None:
+    with adjacent(SIZE) as both:
+        both.close()
+        for use in (
+            both.changed,
+            lambda: both.revert(memory.ChangedPages([(0, PAGE_SIZE)], PAGE_SIZE)),
+            both.discard,
+            lambda: both.scratch.read(0, 1),
+            lambda: both.image.read(0, 1),
+        ):
+            with pytest.raises(HyperlightError):
+                use()
 
 
 @pytest.mark.parametrize("size", [-PAGE_SIZE, 0, 1, PAGE_SIZE + 1, 1 << 60])
 def test_adjacent_memories_of_impossible_sizes_are_refused(size: int) -> None:
     with sealed_pattern() as snapshot, pytest.raises(HyperlightError):
         memory.AdjacentMemories(size, snapshot)
+
+
+def test_image_that_could_change_is_refused() -> None:
+    with SharedMemory.memfd(SIZE) as unsealed, SharedMemory.anonymous(SIZE) as anonymous:
+        for source in (unsealed, anonymous):
+            with pytest.raises(HyperlightError, match="sealed"):
+                memory.AdjacentMemories(SIZE, source)
 
 
 def test_memories_stay_mapped_for_as_long_as_one_of_them_is_used() -> None:
