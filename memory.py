@@ -2512,16 +2512,17 @@ class IoStack:
             raise LayoutError(f"an I/O buffer of {size} bytes cannot hold a message")
         self._memory = memory
         self._view = memory.view(offset, size)
+        self._top = self._view[:EMPTY_IO_STACK].cast("Q")  # the stack pointer
         self._size = size
 
     @property
     def is_empty(self) -> bool:
         """Whether the stack pointer says that nothing is there."""
-        return bool(_U64.unpack_from(self._memory.open_view(self._view)) == (EMPTY_IO_STACK,))
+        return bool(self._memory.open_view(self._top)[0] == EMPTY_IO_STACK)
 
     def reset(self) -> None:
         """Make the stack empty by setting its stack pointer; nothing else is touched."""
-        self._memory.open_view(self._view)[:EMPTY_IO_STACK] = _BOTTOM
+        self._memory.open_view(self._top)[0] = EMPTY_IO_STACK
 
     def replace(self, data: bytes) -> None:
         """Make a message the only one, whatever the guest has left there: `reset` and `push` at once.
@@ -2532,10 +2533,10 @@ class IoStack:
         end = EMPTY_IO_STACK + len(data)
         if end + 8 > self._size:
             self._refuse_push(data, EMPTY_IO_STACK)
-        view = self._view
         if self._memory._limit < 0:  # as `open_view`: on the path of every guest call
-            self._memory.open_view(view)
-        view[: end + 8] = b"".join((_U64.pack(end + 8), data, _BOTTOM))
+            self._memory.open_view(self._view)
+        self._top[0] = end + 8
+        self._view[EMPTY_IO_STACK : end + 8] = data + _BOTTOM
 
     def push(self, data: bytes) -> None:
         """Put a message on top. One of less than 8 bytes could not be popped again.
@@ -2545,7 +2546,7 @@ class IoStack:
             IoStackFull: the message does not fit.
         """
         view = self._memory.open_view(self._view)
-        (top,) = _U64.unpack_from(view)
+        top = self._top[0]
         if not EMPTY_IO_STACK <= top <= self._size:
             raise IoStackError(
                 "Unable to push data to buffer: Stack pointer is out of bounds. "
@@ -2555,7 +2556,7 @@ class IoStack:
         if end + 8 > self._size:
             self._refuse_push(data, top)
         view[top : end + 8] = data + _U64.pack(top)
-        view[:EMPTY_IO_STACK] = _U64.pack(end + 8)
+        self._top[0] = end + 8
 
     def pop(self) -> bytes:
         """Take the message on top, size prefix included, and zero the bytes it leaves.
@@ -2566,7 +2567,7 @@ class IoStack:
         view = self._view
         if self._memory._limit < 0:  # as `open_view`: on the path of every guest call
             self._memory.open_view(view)
-        (top,) = _U64.unpack_from(view)
+        top = self._top[0]
         if not 2 * EMPTY_IO_STACK <= top <= self._size:
             raise IoStackError(
                 "Unable to pop data from buffer: Stack pointer is out of bounds. "
@@ -2582,10 +2583,7 @@ class IoStack:
         claimed: int = _U32.unpack_from(data)[0] + 4
         if claimed != len(data):
             data = self._claimed_part(data, claimed)
-        if element == EMPTY_IO_STACK:  # as nearly always: one write does it
-            view[:top] = _BOTTOM + bytes(top - EMPTY_IO_STACK)
-            return data
-        view[:EMPTY_IO_STACK] = _U64.pack(element)
+        self._top[0] = element
         view[element:top] = bytes(top - element)
         return data
 
@@ -2828,6 +2826,9 @@ _WIRE_TYPES: dict[type, ParameterType] = {
 }
 
 
+_PLAIN_INTEGERS = [(wrapper.minimum, wrapper.maximum, _WIRE_TYPES[wrapper]) for wrapper in (Int, Long, ULong)]
+
+
 def wire_type_of(value: object) -> ParameterType:
     """Return the wire type under which a Python value travels.
 
@@ -2835,16 +2836,17 @@ def wire_type_of(value: object) -> ParameterType:
     float is Double; bool, str and bytes-like are themselves; subclasses go as their base.
     Raises: ValueRangeError for an int past 64 bits, or for a value of any other type.
     """
-    if (wire_type := _WIRE_TYPES.get(type(value))) is not None:
-        return wire_type
-    for base in type(value).__mro__:
-        if base in _WIRE_TYPES:
-            return _WIRE_TYPES[base]
-    if not isinstance(value, int):
-        raise ValueRangeError(f"no wire type for {type(value).__name__} {_show(value)}")
-    for wrapper in (Int, Long, ULong):
-        if wrapper.minimum <= value <= wrapper.maximum:
-            return _WIRE_TYPES[wrapper]
+    if type(value) is not int:  # of which there are more than of anything else
+        if (wire_type := _WIRE_TYPES.get(type(value))) is not None:
+            return wire_type
+        for base in type(value).__mro__:
+            if base in _WIRE_TYPES:
+                return _WIRE_TYPES[base]
+        if not isinstance(value, int):
+            raise ValueRangeError(f"no wire type for {type(value).__name__} {_show(value)}")
+    for minimum, maximum, wire_type in _PLAIN_INTEGERS:
+        if minimum <= value <= maximum:
+            return wire_type
     raise ValueRangeError(
         f"an integer must be between {Long.minimum} and {ULong.maximum}, got {_show(value)}"
     )
@@ -3671,17 +3673,20 @@ class _KnownCall:
         parts = self._unpack(data)
         if parts[::2] != self._constants:
             return None
+        parameters = []
         try:
-            parameters = [
-                (kind, omitted if hole is None else parts[hole].decode() if kind is _STRING_TYPE else parts[hole])
-                for kind, hole, omitted in self._parameters
-            ]
+            for kind, hole, value in self._parameters:
+                if hole is not None:
+                    value = parts[hole].decode() if kind is _STRING_TYPE else parts[hole]
+                parameters.append((kind, value))
         except UnicodeDecodeError:
             return None
-        return FunctionCall(self._call.name, tuple(parameters), self._call.call_type, self._call.return_type)
+        call = self._call
+        return _function_call((call.name, tuple(parameters), call.call_type, call.return_type))
 
 
 _STRING_TYPE: Final = ParameterType.String
+_function_call = partial(tuple.__new__, FunctionCall)  # three times as fast as FunctionCall(...)
 _KNOWN_CALLS: dict[tuple[int, bytes], _KnownCall] = {}
 
 
@@ -3720,7 +3725,7 @@ def _decode_any_result(data: bytes) -> ReturnValue | GuestErrorResult:
 # UTF-8); so it finds what _Reader would find, in a tenth of the time. It returns None for any other
 # message, for _Reader to judge.
 _Shortcut = Callable[[bytes], "ReturnValue | None"]
-_return_value = partial(tuple.__new__, ReturnValue)  # three times as fast as ReturnValue(...)
+_return_value = partial(tuple.__new__, ReturnValue)
 _SHORTCUT_KEY = slice(4, 52)
 
 
