@@ -745,7 +745,7 @@ class HostFunction:
                     "The number of arguments to the function is wrong: "
                     f"got {len(arguments)} expected {len(parameters)}"
                 )
-            for (kind, value), declared in zip(arguments, parameters, strict=True):
+            for (kind, value), declared in zip(arguments, parameters):  # noqa: B905 - slower, and seen to above
                 if kind not in declared.accepts:
                     raise _not_convertible(kind, value, declared)
                 values.append(value)
