@@ -1595,6 +1595,24 @@ class Snapshot:
         """Whether the guest's own initialisation has run."""
         return self.sregs is not None
 
+    @functools.cached_property
+    def scratch_top(self) -> bytes:
+        """The end of scratch as the guest expects it (abi.md 5.3; guest-versions.md 5)."""
+        layout, elf = self.layout, self.elf
+        words = {
+            memory.SCRATCH_TOP_SIZE: layout.scratch_size,
+            memory.SCRATCH_TOP_ALLOCATOR: layout.first_free_gpa,
+        }
+        if elf.version not in (None, "0.14.0"):
+            words[memory.SCRATCH_TOP_SNAPSHOT_PT_BASE] = layout.pt_base_gpa
+            words[memory.SCRATCH_TOP_GENERATION] = self.generation
+        elif elf.privilege.user_mode:
+            words[memory.SCRATCH_TOP_IMAGE_END] = BASE_ADDRESS + layout.snapshot_size
+        top = bytearray(max(words))
+        for distance, value in words.items():
+            struct.pack_into("<Q", top, len(top) - distance, value)
+        return bytes(top)
+
     def _check_host_functions(self, offered: HostFunctions) -> None:
         missing = [name for name in self.signatures if name not in offered]
         other = [
@@ -1692,20 +1710,19 @@ class _Ram:
         self.snapshot = snapshot
         self.translations_are_stale = True
         """Whether a VM may hold translations of tables that are here no more: cleared by who flushes them."""
-        with contextlib.ExitStack() as undo:
-            both = memory.AdjacentMemories(layout.scratch_size, snapshot.memory)
-            self._both = undo.enter_context(contextlib.closing(both))
-            self.scratch, self.image = both.scratch, both.image
-            self.scratch.overlay(
-                layout.page_table_scratch_offset, snapshot.memory, layout.memory_size, layout.pt_size
-            )
-            self._tables = layout.page_table_scratch_offset, layout.page_table_scratch_offset + layout.pt_size
+        self._both = memory.AdjacentMemories(layout.scratch_size, snapshot.memory)
+        try:
+            self.scratch, self.image = self._both.scratch, self._both.image
+            tables = layout.page_table_scratch_offset
+            self.scratch.overlay(tables, snapshot.memory, layout.memory_size, layout.pt_size)
+            self._tables = tables, tables + layout.pt_size
             self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
             self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
             self._harmless: memory.ChangedPages | None = None  # which are no page tables
-            self._top = self._bookkeeping()
             self._write_bookkeeping()
-            self._mappings = undo.pop_all()
+        except BaseException:
+            self.close()
+            raise
 
     def reset(self) -> None:
         """Put both memories back to the snapshot.
@@ -1738,30 +1755,14 @@ class _Ram:
 
     def close(self) -> None:
         """Unmap both memories."""
-        self._mappings.close()
+        self._both.close()
 
     def _write_bookkeeping(self) -> None:
         """Fill the words that the guest expects in zeroed scratch."""
-        self.scratch.write(self.scratch.size - len(self._top), self._top)
+        top = self.snapshot.scratch_top
+        self.scratch.write(self.scratch.size - len(top), top)
         self.input.reset()
         self.output.reset()
-
-    def _bookkeeping(self) -> bytes:
-        """Return the end of scratch as the guest expects it (abi.md 5.3; guest-versions.md 5)."""
-        layout, elf = self.snapshot.layout, self.snapshot.elf
-        words = {
-            memory.SCRATCH_TOP_SIZE: layout.scratch_size,
-            memory.SCRATCH_TOP_ALLOCATOR: layout.first_free_gpa,
-        }
-        if elf.version not in (None, "0.14.0"):
-            words[memory.SCRATCH_TOP_SNAPSHOT_PT_BASE] = layout.pt_base_gpa
-            words[memory.SCRATCH_TOP_GENERATION] = self.snapshot.generation
-        elif elf.privilege.user_mode:
-            words[memory.SCRATCH_TOP_IMAGE_END] = BASE_ADDRESS + layout.snapshot_size
-        top = bytearray(max(words))
-        for distance, value in words.items():
-            struct.pack_into("<Q", top, len(top) - distance, value)
-        return bytes(top)
 
 
 _ALL_RIGHTS = MemoryRegionFlags.READ | MemoryRegionFlags.WRITE | MemoryRegionFlags.EXECUTE
@@ -1831,6 +1832,7 @@ class _Guest:
         self._reset_to: Snapshot | None = None  # that the VM is prepared for
         self._regions: dict[int, tuple[SharedMemory, MemoryRegionFlags]] = {}
         self._files: list[SharedMemory] = []
+        self._physical: memory.GuestMemory | None = None  # until somebody asks
         self._shown: _Ram | None = None
         """What is all the memory of the VM, for sure."""
         with contextlib.ExitStack() as undo:
@@ -1861,7 +1863,14 @@ class _Guest:
         self._ram.close()
         self._close_files()
         self._regions.clear()
-        self.physical = memory.GuestMemory()
+        self._physical = memory.GuestMemory()
+
+    @property
+    def physical(self) -> memory.GuestMemory:
+        """The guest-physical address space."""
+        if self._physical is None:
+            self._physical = self._ram.physical_view()
+        return self._physical
 
     def disown(self) -> None:
         """Forget what has threads or locks: this is a forked child, and they are its parent's."""
@@ -2371,7 +2380,7 @@ class _Guest:
 
     def _adopt(self, ram: _Ram) -> None:
         """Take *ram*, which is all that the VM has, as the guest's."""
-        self._ram, self.snapshot, self.physical = ram, ram.snapshot, ram.physical_view()
+        self._ram, self.snapshot, self._physical = ram, ram.snapshot, None
         self._resets_fpu_for_guest = not ram.snapshot.elf.privilege.resets_fpu
         self._shown = ram
 
@@ -3102,6 +3111,15 @@ def _checked_msrs(indices: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 @functools.lru_cache(maxsize=16)
+def _filtering(allowed: tuple[int, ...]) -> list[kvm_abi.PreparedIoctl]:
+    """Return what makes a VM deny all MSRs but those *allowed*, and say so. Raises as `_msr_filter`."""
+    reports = kvm_abi.kvm_enable_cap(cap=Cap.X86_USER_SPACE_MSR, args=(int(kvm_abi.MsrExitReason.FILTER),))
+    return [
+        kvm_abi.PreparedIoctl(kvm_abi.KVM_ENABLE_CAP, reports),
+        kvm_abi.PreparedIoctl(kvm_abi.KVM_X86_SET_MSR_FILTER, _msr_filter(allowed)),
+    ]
+
+
 def _msr_filter(allowed: tuple[int, ...]) -> kvm_abi.kvm_msr_filter:
     """Return the filter that denies all MSRs but those *allowed*. Raises ``MsrError`` where they are too far apart."""
     windows: list[list[int]] = []
@@ -3150,10 +3168,10 @@ class _Platform:
         self._vm = vm
         self._captured = (kvm_abi.Msr.KERNEL_GS_BASE, *(msrs or ()))
         self._refused: set[int] = set()
-        can_filter = bool(vm.check_extension(Cap.X86_MSR_FILTER) and vm.check_extension(Cap.X86_USER_SPACE_MSR))
+        can_filter = _kvm_features().filters_msrs
         if msrs and not can_filter:
             raise MsrError("guest_msrs needs a KVM with a filter for MSRs, in Linux since 5.10")
-        self._filter = _msr_filter((*_BASE_MSRS, *msrs)) if msrs is not None and can_filter else None
+        self._filtering = _filtering((*_BASE_MSRS, *msrs)) if msrs is not None and can_filter else []
         self.timer = _Timer(vm) if timer else None
 
     def attach(self, vcpu: kvm_abi.Vcpu) -> None:
@@ -3163,9 +3181,7 @@ class _Platform:
         milliseconds if the last one, for the memory slots, is not yet 25 us ago (srcutree.exp_holdoff).
         """
         self._vcpu = vcpu
-        if self._filter is not None:
-            self._vm.enable_cap(Cap.X86_USER_SPACE_MSR, kvm_abi.MsrExitReason.FILTER)
-            self._vm.set_msr_filter(self._filter)
+        kvm_abi.make_ioctls(self._vm.fd, self._filtering)
         if (initial := _initial_states.get(self._captured)) is not None and self.timer is None:
             self._initial = initial
             return
@@ -3325,6 +3341,12 @@ class _Slot:
     is_certain: bool = False
 
 
+def _close_all(closers: list[Callable[[], object]]) -> None:
+    """Close what was opened, the last first."""
+    while closers:
+        closers.pop()()
+
+
 class _VirtualMachine:
     """A KVM VM with one vCPU, as the ABI wants it (abi.md 6). ``page`` is its kvm_run page."""
 
@@ -3338,29 +3360,41 @@ class _VirtualMachine:
     ) -> None:
         self._slots: dict[int, _Slot] = {}
         self._loaded = b""  # the registers in the kvm_run page
-        with contextlib.ExitStack() as undo:
-            kvm = undo.enter_context(_open_kvm())
-            self._vm = undo.enter_context(_uninterrupted(kvm.create_vm))
-            for slot in slots:
-                self.map(*slot)
-            self.platform = _Platform(self._vm, timer=timer, msrs=msrs)
-            undo.callback(self.platform.close)
-            self.vcpu = undo.enter_context(_uninterrupted(lambda: self._vm.create_vcpu(0)))
-            self.vcpu.set_cpuid2(_guest_cpuid())
-            synced = kvm.check_extension(Cap.SYNC_REGS)
-            self._syncs_registers = bool(synced & _REGS)
-            self._syncs_state = synced & _SREGS_EVENTS == _SREGS_EVENTS and not timer  # whose state comes after these
-            self.page = self.vcpu.page[:]  # views of its own: they would keep the VM alive beyond its close
-            undo.callback(self.page.release)
-            self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
-            undo.callback(self.exit_reason.release)
-            self.exit_io = self.page[_EXIT_OFFSET : _EXIT_OFFSET + 8].cast("Q")
-            undo.callback(self.exit_io.release)
-            self.vcpu.set_sregs(sregs)
-            self.platform.attach(self.vcpu)
-            kvm.close()
-            self._finalizer = weakref.finalize(self, undo.pop_all().close)
-            self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest
+        self._closers: list[Callable[[], object]] = []
+        self._finalizer = weakref.finalize(self, _close_all, self._closers)
+        self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest
+        try:
+            self._create(slots, sregs, timer, msrs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(
+        self,
+        slots: Sequence[tuple[int, SharedMemory, bool]],
+        sregs: kvm_abi.kvm_sregs,
+        timer: bool,
+        msrs: tuple[int, ...] | None,
+    ) -> None:
+        features = _kvm_features()
+        with _open_kvm() as kvm:
+            self._vm = _uninterrupted(kvm.create_vm)
+        self._closers.append(self._vm.close)
+        for slot in slots:
+            self.map(*slot)
+        self.platform = _Platform(self._vm, timer=timer, msrs=msrs)
+        self._closers.append(self.platform.close)
+        self.vcpu = _uninterrupted(lambda: self._vm.create_vcpu(0))
+        self._closers.append(self.vcpu.close)
+        self.vcpu.set_cpuid2(_guest_cpuid())
+        self._syncs_registers = bool(features.sync_regs & _REGS)
+        self._syncs_state = features.sync_regs & _SREGS_EVENTS == _SREGS_EVENTS and not timer  # whose state comes after
+        self.page = self.vcpu.page[:]  # views of its own: they would keep the VM alive beyond its close
+        self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
+        self.exit_io = self.page[_EXIT_OFFSET : _EXIT_OFFSET + 8].cast("Q")
+        self._closers += self.page.release, self.exit_reason.release, self.exit_io.release
+        self.vcpu.set_sregs(sregs)
+        self.platform.attach(self.vcpu)
 
     def close(self) -> None:
         """Close the vCPU and the VM, as happens when the last reference goes."""
@@ -3620,6 +3654,22 @@ def _how_to_be_let_in() -> str:
         f"nor by any group: sudo chgrp kvm {KVM_PATH}; sudo chmod 660 {KVM_PATH}; "
         "sudo usermod -aG kvm $USER; log in again"
     )
+
+
+class _KvmFeatures(typing.NamedTuple):
+    """What KVM has that a host can do without."""
+
+    sync_regs: int
+    """SyncRegs: the registers that a vCPU takes from its kvm_run page."""
+    filters_msrs: bool
+
+
+@functools.cache
+def _kvm_features() -> _KvmFeatures:
+    """Ask KVM what it has; once for the process."""
+    with _open_kvm() as kvm:
+        filters_msrs = bool(kvm.check_extension(Cap.X86_MSR_FILTER) and kvm.check_extension(Cap.X86_USER_SPACE_MSR))
+        return _KvmFeatures(kvm.check_extension(Cap.SYNC_REGS), filters_msrs)
 
 
 @functools.cache

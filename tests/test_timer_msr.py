@@ -386,10 +386,11 @@ def test_an_msr_that_kvm_does_not_have_is_a_clear_error(no_leaks: None) -> None:
 
 @require("kvm")
 def test_a_kvm_without_a_filter_cannot_allow_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = kvm_abi.Vm.check_extension
+    known = kvm_abi.Kvm.check_extension
     monkeypatch.setattr(
-        kvm_abi.Vm, "check_extension", lambda vm, cap: 0 if cap == kvm_abi.Cap.X86_MSR_FILTER else known(vm, cap)
+        kvm_abi.Kvm, "check_extension", lambda kvm, cap: 0 if cap == kvm_abi.Cap.X86_MSR_FILTER else known(kvm, cap)
     )
+    monkeypatch.setattr(hyperlight, "_kvm_features", hyperlight._kvm_features.__wrapped__)
     with pytest.raises(MsrError, match="needs a KVM with a filter for MSRs"):
         UninitializedSandbox("simpleguest", SandboxConfiguration(guest_msrs=(LSTAR,))).evolve()
     with UninitializedSandbox("simpleguest").evolve() as sandbox:
