@@ -811,6 +811,10 @@ class HostFunctions(Mapping[str, HostFunction]):
     def __getitem__(self, name: str) -> HostFunction:
         return self._functions[name]
 
+    def get(self, name: str, default: Any = None) -> Any:  # Mapping's own takes three steps, in every host call
+        """Return the function *name*, or *default*."""
+        return self._functions.get(name, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._functions)
 
@@ -1115,7 +1119,8 @@ class MultiUseSandbox:
             with self._lock:
                 self._user = thread
                 try:
-                    self._check_usable()
+                    if self._closed or self._status is not _READY:
+                        self._check_usable()
                     self._snapshot = None
                     result = memory.decode_function_call_result(guest.dispatch(name, message))
                     if type(result) is memory.ReturnValue and result.type in returns.returns:
@@ -1719,7 +1724,9 @@ class _Ram:
             self.input = memory.IoStack(self.scratch, 0, layout.input_data_size)
             self.output = memory.IoStack(self.scratch, layout.input_data_size, layout.output_data_size)
             self._harmless: memory.ChangedPages | None = None  # which are no page tables
-            self._write_bookkeeping()
+            for offset in (0, layout.input_data_size):
+                self._both.preset(offset, memory.EMPTY_IO_STACK.to_bytes(8, "little"))
+            self._both.preset(layout.scratch_size - len(snapshot.scratch_top), snapshot.scratch_top)
         except BaseException:
             self.close()
             raise
@@ -1739,7 +1746,6 @@ class _Ram:
             self._both.discard()
         else:
             self._both.revert(changed)
-        self._write_bookkeeping()
 
     def slots(self) -> list[tuple[int, SharedMemory, bool]]:
         """Return (gpa, mapping, writable by the guest) of both."""
@@ -1756,13 +1762,6 @@ class _Ram:
     def close(self) -> None:
         """Unmap both memories."""
         self._both.close()
-
-    def _write_bookkeeping(self) -> None:
-        """Fill the words that the guest expects in zeroed scratch."""
-        top = self.snapshot.scratch_top
-        self.scratch.write(self.scratch.size - len(top), top)
-        self.input.reset()
-        self.output.reset()
 
 
 _ALL_RIGHTS = MemoryRegionFlags.READ | MemoryRegionFlags.WRITE | MemoryRegionFlags.EXECUTE
@@ -1957,7 +1956,8 @@ class _Guest:
             self._drain()
             raise
         finally:
-            self._abort_bytes.clear()
+            if self._abort_bytes:
+                self._abort_bytes.clear()
             self._entry_registers = self._next_entry_registers
             self.activity, self._begin_again, self.at_rest = "idle", None, has_halted
             if begin:
@@ -2070,8 +2070,13 @@ class _Guest:
                 continue
             reason = exit_reason[0]
             if reason == _EXIT_IO:
-                if exit_io[0] == _HALT_OUT:  # how most calls end
+                if (access := exit_io[0]) == _HALT_OUT:  # how most calls end
                     return
+                if access == _CALL_OUT:  # what most others are
+                    self._on_host_call()
+                    if debugger is not None:
+                        debugger.served_port()
+                    continue
                 direction, size, port, count, data_offset = _IO_EXIT.unpack_from(page, _EXIT_OFFSET)
                 if direction == _OUT:
                     if port == _HALT:
@@ -2204,7 +2209,7 @@ class _Guest:
             raise HandleIoError(f"Failed to read guest log data: {error}") from error
         _emit(record)
 
-    def _on_host_call(self, _value: int) -> None:
+    def _on_host_call(self, _value: int = 0) -> None:
         try:
             call = memory.decode_function_call(self._ram.output.pop())
         except HyperlightError as error:
@@ -2218,7 +2223,8 @@ class _Guest:
     def _answer(self, call: memory.FunctionCall) -> bytes:
         """Call the host function that the guest asks for; an exception in it is the guest's to handle."""
         try:
-            if (function := self.functions.get(call.name)) is None:
+            function: HostFunction | None = self.functions.get(call.name)
+            if function is None:
                 raise HostFunctionNotFound(call.name)
             if not metrics.durations and self._tracer is None:
                 return function.call(call.parameters, call.return_type)
@@ -2403,8 +2409,10 @@ class _Guest:
 _EXIT_IO, _OUT, _HALT = int(KvmExit.IO), int(kvm_abi.IoDirection.OUT), int(_Port.HALT)
 _IO_EXIT = struct.Struct("<BBHIQ")
 """kvm_run.io: direction, size, port, count, data_offset."""
-_HALT_OUT = int.from_bytes(struct.pack("<BBHI", _OUT, 4, _HALT, 1), "little")
-"""The first 8 bytes of that where the guest halts by an OUT of 32 bits."""
+_HALT_OUT, _CALL_OUT = (
+    int.from_bytes(struct.pack("<BBHI", _OUT, 4, port, 1), "little") for port in (_HALT, _Port.CALL_FUNCTION)
+)
+"""The first 8 bytes of that where the guest halts, or calls the host, by an OUT of 32 bits."""
 _EXIT_OFFSET = kvm_abi.kvm_run.io.offset
 _IMMEDIATE_EXIT = kvm_abi.kvm_run.immediate_exit.offset
 _RDI = slice(kvm_abi.kvm_regs.rdi.offset, kvm_abi.kvm_regs.rdi.offset + 8)
@@ -3522,7 +3530,7 @@ class _VirtualMachine:
     def _exit_is_complete(self) -> bool:
         """Whether the last exit left nothing to KVM: the guest halted, or wrote to a port."""
         reason = self.exit_reason[0]
-        return reason == KvmExit.HLT or (reason == _EXIT_IO and self.exit_io[0] & 0xFF == _OUT)
+        return self.exit_io[0] & 0xFF == _OUT if reason == _EXIT_IO else reason == KvmExit.HLT
 
     def _complete_exit(self) -> None:
         """Let KVM finish the guest's access that the last exit was about.

@@ -901,9 +901,19 @@ class AdjacentMemories:
         extent = _Extent(self._size + 2 * PAGE_SIZE)
         self.scratch = SharedMemory(scratch_size, within=(extent, PAGE_SIZE))
         self.image = source.map_private((extent, PAGE_SIZE + self._image_offset))
+        self._presets: list[tuple[int, bytes]] = []
         self._pagemap: PageMap | None = None  # until it is needed
         self._planned: ChangedPages | None = None
         self._plan: list[tuple[memoryview, bytes]] = []  # what to write where, to revert that
+
+    def preset(self, offset: int, data: bytes) -> None:
+        """Write bytes into scratch that are to be there after every `revert` and `discard`, too.
+
+        Raises as `SharedMemory.write`.
+        """
+        self.scratch.write(offset, data)
+        self._presets.append((offset, data))
+        self._planned = None
 
     def changed(self) -> ChangedPages | None:
         """Return the pages that `revert` has to write; None where `discard` is the better way.
@@ -919,7 +929,7 @@ class AdjacentMemories:
         return self._pagemap.changed()
 
     def revert(self, changed: ChangedPages) -> None:
-        """Make every page read as the file behind it, or as zeros, as `discard` does.
+        """Make every page read as the file behind it, or as zeros, with the presets, as `discard` does.
 
         A discarded page costs a fault at the next access, and more than one inside a VM. Few pages are far
         cheaper written over in place: those that `changed` has just found.
@@ -932,23 +942,39 @@ class AdjacentMemories:
         for place, content in self._plan if changed is self._planned else self._plan_for(changed):
             place[:] = content
         if changed.end < self._size:
-            self.scratch.discard(min(changed.end, self.scratch.size))
-            self.image.discard(max(changed.end - self._image_offset, 0))
+            self._discard_from(changed.end)
 
     def _plan_for(self, changed: ChangedPages) -> list[tuple[memoryview, bytes]]:
         """Return what to write where. Guests change the same few pages in each call: the last short plan is kept."""
         plan = []
         for begin, end in changed.runs:
-            memory, offset = (self.scratch, 0) if begin < self._image_offset else (self.image, self._image_offset)
-            plan.append((memory.view(begin - offset, end - begin), memory._original(begin - offset, end - offset)))
+            if begin < self._image_offset:
+                plan.append((self.scratch.view(begin, end - begin), self._original_scratch(begin, end)))
+            else:
+                offset = begin - self._image_offset
+                content = self.image._original(offset, end - self._image_offset)
+                plan.append((self.image.view(offset, end - begin), content))
         if sum(end - begin for begin, end in changed.runs) <= _MAX_PLAN_SIZE:
             self._planned, self._plan = changed, plan
         return plan
 
+    def _original_scratch(self, begin: int, end: int) -> bytes:
+        content = bytearray(self.scratch._original(begin, end))
+        for offset, data in self._presets:
+            first, last = max(begin, offset), min(end, offset + len(data))
+            if first < last:
+                content[first - begin : last - begin] = data[first - offset : last - offset]
+        return bytes(content)
+
     def discard(self) -> None:
-        """Drop all pages of both; raises as `SharedMemory.discard`."""
-        self.scratch.discard()
-        self.image.discard()
+        """Drop all pages of both, and write the presets; raises as `SharedMemory.discard`."""
+        self._discard_from(0)
+
+    def _discard_from(self, offset: int) -> None:
+        self.scratch.discard(min(offset, self.scratch.size))
+        self.image.discard(max(offset - self._image_offset, 0))
+        for place, data in self._presets:
+            self.scratch.write(place, data)
 
     def close(self) -> None:
         """Close both."""

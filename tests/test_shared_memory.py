@@ -591,6 +591,32 @@ def test_plan_is_kept_for_the_same_pages_and_no_others(both: memory.AdjacentMemo
     assert second is not third
 
 
+def test_presets_are_there_after_every_way_back(both: memory.AdjacentMemories) -> None:
+    presets = {0: b"begin", PAGE_SIZE - 2: b"across", SIZE - 3: b"end"}
+    for offset, data in presets.items():
+        both.preset(offset, data)
+    original = both.scratch.read(0, SIZE)
+    expected = bytearray(bytes(PAGE_SIZE) + pattern(SIZE)[:PAGE_SIZE] + bytes(2 * PAGE_SIZE))
+    for offset, data in presets.items():
+        expected[offset : offset + len(data)] = data
+    assert original == expected
+    for back in ("revert", "discard", "revert", "revert", "partly"):
+        both.scratch.fill(0, SIZE, 0xEE)
+        both.image.fill(0, SIZE, 0xEE)
+        changed = both.changed()
+        assert changed is not None
+        if back == "revert":
+            both.revert(changed)
+        elif back == "discard":
+            both.discard()
+        else:
+            both.revert(memory.ChangedPages([(0, PAGE_SIZE)], PAGE_SIZE))
+        assert both.scratch.read(0, SIZE) == expected
+        assert both.image.read(0, SIZE) == pattern(SIZE)
+    with pytest.raises(BoundsCheckFailed):
+        both.preset(SIZE - 1, b"xy")
+
+
 def test_run_of_changed_pages_may_lie_partly_under_an_overlay(both: memory.AdjacentMemories) -> None:
     original = both.scratch.read(0, SIZE)
     for first, count in ((0, 2), (1, 2), (0, 4), (2, 2)):
