@@ -1825,7 +1825,6 @@ class _Guest:
         self._generation = snapshot.generation
         self._begin_again: Callable[[], None] | None = None
         self._abort_bytes = bytearray()
-        self._packed_for: tuple[int, int, bool] | None = None
         self._entry_registers = self._next_entry_registers = b""
         self.host_failure: BaseException | None = None
         self._reset_to: Snapshot | None = None  # that the VM is prepared for
@@ -1848,7 +1847,8 @@ class _Guest:
             if snapshot.is_initialized:
                 self.vm.platform.check(snapshot.platform)
                 self.vm.platform.restore(snapshot.platform)
-                self._set_entry(snapshot.entry, snapshot.stack_top, restored=True)
+                self._set_entry(snapshot.entry, snapshot.stack_top)
+                self._enter_restored()
             undo.pop_all()
         if config.hardware_timer:
             self._ports = {**self._ports, **self._TIMER_PORTS}
@@ -1986,24 +1986,23 @@ class _Guest:
             self.at_rest = False
             self._begin_again()
 
-    def _set_entry(self, rip: int, rsp: int, *, restored: bool = False) -> None:
-        """Prepare the registers of the calls to come. After a restore the first is to flush the TLB (abi.md 6.4).
+    def _set_entry(self, rip: int, rsp: int) -> None:
+        """Prepare the registers of the calls to come."""
+        self._reset_to = None  # which are those of the first after a restore, too
+        self._entry, self._stack_top = rip, rsp
+        self._entry_registers = self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
+        flush = 0 if self.snapshot.elf.privilege.user_mode else Rflags.ZF
+        self._restored_registers = bytearray(
+            _VirtualMachine.pack(rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | flush)
+        )
+
+    def _enter_restored(self) -> None:
+        """Have the next call be the first after a restore, which is to flush the TLB (abi.md 6.4).
 
         Not so in user mode, where that costs an exception: the VM's own reset has flushed it.
         """
-        user_mode = self.snapshot.elf.privilege.user_mode
-        if (rip, rsp, user_mode) != self._packed_for:
-            self._packed_for = None  # until all of it is there
-            self._entry, self._stack_top = rip, rsp
-            self._next_entry_registers = _VirtualMachine.pack(rip=rip, rsp=rsp)
-            flush = 0 if user_mode else Rflags.ZF
-            packed = _VirtualMachine.pack(rip=rip, rsp=rsp, rflags=_RFLAGS_AT_ENTRY | flush)
-            self._restored_registers = bytearray(packed)
-            self._packed_for = rip, rsp, user_mode
-        self._entry_registers = self._next_entry_registers
-        if restored:
-            self._restored_registers[_RDI] = self._request_seed()
-            self._entry_registers = bytes(self._restored_registers)
+        self._restored_registers[_RDI] = self._request_seed()
+        self._entry_registers = bytes(self._restored_registers)
 
     def _request_seed(self) -> bytes:
         """Have a restored guest seed its random numbers anew, where it can; return rdi for the next call.
@@ -2397,12 +2396,13 @@ class _Guest:
             self.vm.platform.check(snapshot.platform)
             self._reset_to = None  # until all of it is there
             self.vm.prepare_reset(_sregs_of(snapshot), snapshot.platform)
+            self._set_entry(snapshot.entry, snapshot.stack_top)
             self._reset_to = snapshot
         self.vm.reset(self._ram.translations_are_stale)
         self._ram.translations_are_stale = False
         if self.debugger is not None:  # which may look before the next call sets them
             self.vm.load(_VirtualMachine.pack(rip=0, rsp=0))
-        self._set_entry(snapshot.entry, snapshot.stack_top, restored=True)
+        self._enter_restored()
 
 
 # Members of an enum are slow to look up, and these are on the path of every exit.
