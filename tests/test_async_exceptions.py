@@ -107,7 +107,8 @@ def interrupt_everywhere(
     assert point > 10
     gc.collect()
     lost = [now - then for now, then in zip(process_resources(), before, strict=True)]
-    assert 0 <= lost[0] <= may_lose and 0 <= lost[1] <= may_lose and lost[2] == 0
+    looks = 1  # at the map of its pages, as a sandbox that was restored may do, or not yet: by a descriptor of its own
+    assert -looks <= lost[0] <= may_lose and 0 <= lost[1] <= may_lose and lost[2] == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
