@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 from conftest import REPOSITORY, require
 
 import hyperlight
+import memory
 from hyperlight import HyperlightError, Timing, main
 
 sys.path.append(str(REPOSITORY / "tests" / "bench"))
 
+import bare
 import floor
 import suite
 
@@ -65,3 +68,26 @@ def test_the_floor_does_all_that_it_is_asked_for() -> None:
         for operation in floor.OPERATIONS:
             times = program.sampler(operation, 16)(2)
             assert len(times) == 2 and min(times) > 0, operation
+
+
+BARE_OPERATIONS = ("call", "call_host", "call_restore", "from_snapshot", "interrupt")
+
+
+@require("kvm")
+@require("gcc")
+def test_the_bare_host_gets_the_answers_that_the_library_gets() -> None:
+    with hyperlight._benchmark_sandbox(hyperlight.SandboxConfiguration()) as sandbox:
+        host = bare.Bare(sandbox)
+        output = sandbox._guest._ram.output
+        for operation, talk in (("call", host._echo), ("call_host", host._add)):
+            host.sampler(operation)(2)
+            assert output.is_empty
+            assert output._view[8 : 8 + len(talk.result)] == talk.result
+        for operation in BARE_OPERATIONS:
+            times = host.sampler(operation)(2)
+            assert len(times) == 2 and min(times) > 0, operation
+        assert sandbox.call("Echo", "as ever", returns=str) == "as ever"
+        made = host._from_snapshot()()
+        answer = made.outer + memory.PAGE_SIZE + sandbox._guest.snapshot.layout.input_data_size + 8
+        assert ctypes.string_at(answer, len(host._echo.result)) == host._echo.result
+        host._close(made)

@@ -153,9 +153,9 @@ def _job(sandbox: MultiUseSandbox, ready: Snapshot, fresh: Snapshot) -> tuple[by
     sandbox.restore(ready)  # so that the guest's next entry is the first after a restore
     entries = sandbox._guest._entry_registers, sandbox._guest._next_entry_registers
     talks = [
-        _recorded(lambda: sandbox.call("Echo", "hello\n", returns=str)),
-        _recorded(lambda: sandbox.call("Add", 1, 41, returns=hyperlight.Int)),
-        _spin(),
+        recorded(lambda: sandbox.call("Echo", "hello\n", returns=str)),
+        recorded(lambda: sandbox.call("Add", 1, 41, returns=hyperlight.Int)),
+        spin(),
     ]
     cpuid, _ = blobs.add(bytes(hyperlight._guest_cpuid()))
     filters = int(sandbox._config.guest_msrs is not None)
@@ -207,7 +207,7 @@ def _restored_sregs(snapshot: Snapshot) -> bytes:
     return bytes(sregs)
 
 
-def _recorded(call: Callable[[], object]) -> _Conversation:
+def recorded(call: Callable[[], object]) -> _Conversation:
     """Make a call and return the messages that went to and fro."""
     sent: list[bytes] = []
     received: list[bytes] = []
@@ -237,7 +237,7 @@ def _conversation(sent: Sequence[bytes], received: Sequence[bytes]) -> _Conversa
     return _Conversation(sent[0], received[0], sent[1], received[1])
 
 
-def _spin() -> _Conversation:
+def spin() -> _Conversation:
     parameters: list[Any] = []
     call = memory.encode_function_call(
         "Spin", parameters, memory.FunctionCallType.Guest, hyperlight.ReturnType.Void

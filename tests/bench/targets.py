@@ -2,8 +2,9 @@
 
     python3 tests/bench/targets.py [--seconds 3] [--json FILE] [--peer PYTHON]
 
-Needs /dev/kvm and gcc. Samples of both sides are taken in turns. Two ratios are printed: of the medians, which the target
-is about, and of the first quartiles, which a busy machine disturbs less. The JavaScript call against the Rust host takes a
+Needs /dev/kvm and gcc. Samples of all sides are taken in turns. Up to three ratios are printed: of the medians, which the
+target is about; of the first quartiles, which a busy machine disturbs less; and what bare.py needs, the least that Python
+can do. The JavaScript call against the Rust host takes a
 Python that has its wheel, as javascript_peer.py says; both run in the emulated machine.
 
 SPDX-License-Identifier: Apache-2.0
@@ -27,6 +28,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
+from bare import Bare  # noqa: E402
 from floor import Floor  # noqa: E402
 
 import hyperlight  # noqa: E402
@@ -47,6 +49,8 @@ class Row(NamedTuple):
     quiet: float | None
     """The ratio of the first quartiles."""
     figures: str
+    bare: float | None = None
+    """The ratio of what bare.py needs, of the medians."""
     at_least: bool = False
 
     @property
@@ -55,11 +59,12 @@ class Row(NamedTuple):
         return self.ratio >= self.target if self.at_least else self.ratio <= self.target
 
 
-class Both(NamedTuple):
-    """All times of two samplers that took turns, in nanoseconds and in order."""
+class Times(NamedTuple):
+    """All times of samplers that took turns, in nanoseconds and in order."""
 
     ours: list[int]
     other: list[int]
+    bare: list[int]
 
     def row(self, what: str, target: float) -> Row:
         """Compare the two."""
@@ -68,12 +73,15 @@ class Both(NamedTuple):
         figures = " against ".join(
             f"{hyperlight._readable_time(each.median_ns)} (spread {each.spread:.0%})" for each in (ours, other)
         )
-        return Row(what, target, ours.median_ns / other.median_ns, quiet, figures)
+        bare = hyperlight.Timing.of(self.bare).median_ns / other.median_ns if self.bare else None
+        return Row(what, target, ours.median_ns / other.median_ns, quiet, figures, bare)
 
 
-def compare(ours: hyperlight.Sampler, other: hyperlight.Sampler, seconds: float) -> Both:
-    """Take samples of both in turns, for so many seconds each."""
-    times: dict[str, list[int]] = {"ours": [], "other": []}
+def compare(
+    ours: hyperlight.Sampler, other: hyperlight.Sampler, seconds: float, bare: hyperlight.Sampler | None = None
+) -> Times:
+    """Take samples of all in turns, for so many seconds each."""
+    times: dict[str, list[int]] = {"ours": [], "other": [], "bare": []}
 
     def keeping(name: str, sampler: hyperlight.Sampler) -> hyperlight.Sampler:
         def sample(count: int) -> list[int]:
@@ -83,9 +91,11 @@ def compare(ours: hyperlight.Sampler, other: hyperlight.Sampler, seconds: float)
 
         return sample
 
-    both = {"ours": keeping("ours", ours), "other": keeping("other", other)}
-    hyperlight.measure(both, seconds, min(1.0, seconds / 3))
-    return Both(sorted(times["ours"]), sorted(times["other"]))
+    samplers = {"ours": keeping("ours", ours), "other": keeping("other", other)}
+    if bare is not None:
+        samplers["bare"] = keeping("bare", bare)
+    hyperlight.measure(samplers, seconds, min(1.0, seconds / 3))
+    return Times(*map(sorted, times.values()))
 
 
 # ---- against the floor -----------------------------------------------------------------------------------------
@@ -106,13 +116,14 @@ def floor_rows(seconds: float) -> Iterator[Row]:
     """Compare what a host does with floor.c."""
     quick = hyperlight.BENCHMARKS
     with on_one_processor(), hyperlight._benchmark_sandbox(DEFAULT) as sandbox, Floor(sandbox) as floor:
+        bare = Bare(sandbox)
         for what, target, name, operation in (
             ("call Echo", 1.25, "guest_calls/call", "call"),
             ("call with one host function", 1.35, "guest_calls/call_with_host_function", "call_host"),
             ("call + restore", 1.4, "guest_calls/call_with_restore", "call_restore"),
         ):
             with quick[name](DEFAULT) as sampler:
-                yield compare(sampler, floor.sampler(operation), seconds).row(what, target)
+                yield compare(sampler, floor.sampler(operation), seconds, bare.sampler(operation)).row(what, target)
         snapshot, functions = sandbox.snapshot(), sandbox._functions
 
         def first_call() -> MultiUseSandbox:
@@ -121,18 +132,19 @@ def floor_rows(seconds: float) -> Iterator[Row]:
             return made
 
         ours = hyperlight.timed(first_call, after=MultiUseSandbox.close)
-        both = compare(ours, floor.sampler("from_snapshot"), seconds)
-        yield both.row("sandbox from a snapshot, first call included", 1.3)
+        times = compare(ours, floor.sampler("from_snapshot"), seconds, bare.sampler("from_snapshot"))
+        yield times.row("sandbox from a snapshot, first call included", 1.3)
         create = hyperlight.timed(lambda: UninitializedSandbox(snapshot.elf, DEFAULT).evolve(), after=MultiUseSandbox.close)
-        both = compare(create, floor.sampler("create"), seconds)
-        yield both.row("create + evolve, default size, ELF already parsed", 1.5)
+        times = compare(create, floor.sampler("create"), seconds)
+        yield times.row("create + evolve, default size, ELF already parsed", 1.5)
 
 
 def interrupt_rows(seconds: float) -> Iterator[Row]:
     """Compare an interrupt with floor.c's: here the thread that kills has a processor of its own."""
     with hyperlight._benchmark_sandbox(DEFAULT) as sandbox, Floor(sandbox) as floor:
+        bare = Bare(sandbox).sampler("interrupt")
         with hyperlight.BENCHMARKS["guest_calls/interrupt_latency"](DEFAULT) as sampler:
-            yield compare(sampler, floor.sampler("interrupt"), seconds).row("interrupt latency", 2.0)
+            yield compare(sampler, floor.sampler("interrupt"), seconds, bare).row("interrupt latency", 2.0)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------
@@ -168,8 +180,8 @@ def compute_rows(seconds: float) -> Iterator[Row]:
         matrix = hyperlight.timed(
             lambda: sandbox.call("MatrixProductTrace", MATRIX_ROWS, returns=float), after=_check_trace
         )
-        both = compare(matrix, floor.sampler("matrix", MATRIX_ROWS), seconds)
-        yield both.row("a 256 x 256 matrix product in double, against native", 1.05)
+        times = compare(matrix, floor.sampler("matrix", MATRIX_ROWS), seconds)
+        yield times.row("a 256 x 256 matrix product in double, against native", 1.05)
 
 
 def _check_trace(trace: float) -> None:
@@ -281,8 +293,9 @@ def javascript_rows(python: str) -> Iterator[Row]:
 def show(row: Row) -> str:
     """Return a line of the table."""
     bound = f"{'>=' if row.at_least else '<='} {row.target:g}"
-    quiet = "" if row.quiet is None else f"{row.quiet:.2f}"
-    return f"{row.what:<52} {bound:>7}  {row.ratio:>6.2f}  {quiet:>6}  {'met' if row.met else 'NOT MET':<7}  {row.figures}"
+    quiet, bare = ("" if ratio is None else f"{ratio:.2f}" for ratio in (row.quiet, row.bare))
+    met = "met" if row.met else "NOT MET"
+    return f"{row.what:<52} {bound:>7}  {row.ratio:>6.2f}  {quiet:>6}  {bare:>6}  {met:<7}  {row.figures}"
 
 
 def main() -> int:
@@ -292,7 +305,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--peer", metavar="PYTHON", help="one that has the Rust host's wheel: compare JavaScript calls, too")
     arguments = parser.parse_args()
-    header = f"{'what':<52} {'target':>7}  {'ratio':>6}  {'quiet':>6}"
+    header = f"{'what':<52} {'target':>7}  {'ratio':>6}  {'quiet':>6}  {'bare':>6}"
     print(header)
     rows: list[Row] = []
     parts: tuple[Callable[[], Iterator[Row]], ...] = (
