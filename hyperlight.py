@@ -1023,18 +1023,18 @@ class MultiUseSandbox:
         self._closed = ""  # or why
         self._snapshot = snapshot if snapshot.is_initialized else None
         self._fitting: Snapshot | None = None  # that was found to fit, as long as nothing changes that
-        with _kvm_errors_in_tree():
-            interrupt = _interrupt or InterruptHandle(
-                signal.SIGRTMIN + self._config.interrupt_vcpu_sigrtmin_offset
-            )
+        interrupt = _interrupt or InterruptHandle(signal.SIGRTMIN + self._config.interrupt_vcpu_sigrtmin_offset)
+        try:
             self._guest = _Guest(snapshot, self._functions, interrupt, self._config)
-            try:
-                with _live_sandboxes_lock:
-                    _live_sandboxes.add(self)
-                self._start(_files)
-            except BaseException:
-                self.close()
-                raise
+        except kvm_abi.KvmError as error:
+            raise KvmError(error) from error
+        try:
+            with _live_sandboxes_lock:
+                _live_sandboxes.add(self)
+            self._start(_files)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def from_snapshot(
@@ -1833,27 +1833,27 @@ class _Guest:
         self._physical: memory.GuestMemory | None = None  # until somebody asks
         self._shown: _Ram | None = None
         """What is all the memory of the VM, for sure."""
-        with contextlib.ExitStack() as undo:
-            ram = _Ram(snapshot)
-            undo.callback(ram.close)
-            self._adopt(ram)
-            self.vm = _VirtualMachine(
-                self._ram.slots(),
-                _sregs_of(snapshot),
-                timer=config.hardware_timer,
-                msrs=_checked_msrs(config.guest_msrs),
-            )
-            undo.callback(self.vm.close)
+        msrs = _checked_msrs(config.guest_msrs)
+        self._adopt(_Ram(snapshot))
+        try:
+            self.vm = _VirtualMachine(self._ram.slots(), _sregs_of(snapshot), timer=config.hardware_timer, msrs=msrs)
+        except BaseException:
+            self._ram.close()
+            raise
+        try:
+            self.vm.platform.check(snapshot.platform)
             if snapshot.is_initialized:
-                self.vm.platform.check(snapshot.platform)
                 self.vm.platform.restore(snapshot.platform)
                 self._set_entry(snapshot.entry, snapshot.stack_top)
                 self._enter_restored()
-            undo.pop_all()
+        except BaseException:
+            self.vm.close()
+            self._ram.close()
+            raise
         if config.hardware_timer:
             self._ports = {**self._ports, **self._TIMER_PORTS}
         interrupt._attach(self.vm.page)
-        weakref.finalize(self, interrupt._detach).atexit = False
+        self.vm.before_close(interrupt._detach)
 
     def close(self) -> None:
         """Release the VM, its memories and the files mapped into it."""
@@ -3401,8 +3401,15 @@ class _VirtualMachine:
         self.exit_reason = self.page[_EXIT_REASON : _EXIT_REASON + 4].cast("I")
         self.exit_io = self.page[_EXIT_OFFSET : _EXIT_OFFSET + 8].cast("Q")
         self._closers += self.page.release, self.exit_reason.release, self.exit_io.release
-        self.vcpu.set_sregs(sregs)
+        if self._syncs_state:
+            self._load_state(_state_of(sregs), _cr8_of(sregs))
+        else:
+            self.vcpu.set_sregs(sregs)
         self.platform.attach(self.vcpu)
+
+    def before_close(self, step: Callable[[], object]) -> None:
+        """Have *step* done when the VM is closed, before all else."""
+        self._closers.append(step)
 
     def close(self) -> None:
         """Close the vCPU and the VM, as happens when the last reference goes."""
@@ -3494,8 +3501,7 @@ class _VirtualMachine:
             *self.platform.prepare_reset(platform),
         ]
         self._flushing_resets = [kvm_abi.PreparedIoctl(kvm_abi.KVM_SET_SREGS, toggled), *self._resets]  # see load_sregs
-        self._reset_cr8 = int(sregs.cr8).to_bytes(8, "little")
-        self._reset_state = bytes(sregs) + bytes(kvm_abi.kvm_vcpu_events())  # no exception is on its way into the guest
+        self._reset_state, self._reset_cr8 = _state_of(sregs), _cr8_of(sregs)
 
     def reset(self, flush: bool) -> None:
         """Put every register back, as prepared, and *flush* the translations that KVM holds, if it has to be.
@@ -3506,13 +3512,17 @@ class _VirtualMachine:
         if not self._exit_is_complete():
             self._complete_exit()
         kvm_abi.make_ioctls(self.vcpu.fd, self._flushing_resets if flush else self._resets)
-        self.page[_SYNC_SREGS : _SYNC_SREGS + len(self._reset_state)] = self._reset_state
-        self.page[_CR8 : _CR8 + 8] = self._reset_cr8  # which each entry takes from here, over what was set before
-        self.page[_DIRTY_REGS] |= _SREGS_EVENTS
+        self._load_state(self._reset_state, self._reset_cr8)
         if not self._syncs_state:
             self.load(self.pack(rip=0, rsp=0))
             self._set_state()
             self.platform.restore_interrupts()
+
+    def _load_state(self, state: bytes, cr8: bytes) -> None:
+        """Set special registers and events at the next entry."""
+        self.page[_SYNC_SREGS : _SYNC_SREGS + len(state)] = state
+        self.page[_CR8 : _CR8 + 8] = cr8  # which each entry takes from here, over what was set before
+        self.page[_DIRTY_REGS] |= _SREGS_EVENTS
 
     def sregs(self) -> kvm_abi.kvm_sregs:
         """Return the special registers."""
@@ -3549,6 +3559,15 @@ class _VirtualMachine:
     def reset_fpu(self) -> None:
         """Put x87 and SSE registers back, as at each call (abi.md 6.4)."""
         self.vcpu.set_fpu(_INITIAL_FPU)
+
+
+def _state_of(sregs: kvm_abi.kvm_sregs) -> bytes:
+    """Return *sregs* as the kvm_run page has them, and no exception on its way into the guest."""
+    return bytes(sregs) + bytes(kvm_abi.kvm_vcpu_events())
+
+
+def _cr8_of(sregs: kvm_abi.kvm_sregs) -> bytes:
+    return int(sregs.cr8).to_bytes(8, "little")
 
 
 _EXIT_REASON = kvm_abi.kvm_run.exit_reason.offset

@@ -456,7 +456,7 @@ def test_sizes_are_the_snapshots_and_options_the_configurations(snapshot: Snapsh
 
 def rights_of_pages(sandbox: MultiUseSandbox) -> dict[int, tuple[bool, bool]]:
     """Return (user, executable) of each page below the guest's scratch map, by gva."""
-    cr3 = sandbox._guest.vm.vcpu.get_sregs().cr3
+    cr3 = sandbox._guest.vm.sregs().cr3
     leaves = sandbox._guest.physical.walk(cr3)
     return {
         leaf.gva + PAGE_SIZE * index: (leaf.user, leaf.executable)
