@@ -314,9 +314,20 @@ class GuestFailure(HyperlightError):
     ``core_dump_failure`` is what went wrong where one should have been.
     """
 
-    registers: Mapping[str, int] = {}
     core_dump: str | None = None
     core_dump_failure: Exception | None = None
+    _registers: Mapping[str, int] | bytes = {}  # by name, or kvm_regs: many a failure is not looked at so closely
+
+    @property
+    def registers(self) -> Mapping[str, int]:
+        """The vCPU's general registers by name."""
+        if isinstance(self._registers, bytes):
+            self._registers = _named(self._registers)
+        return self._registers
+
+    @registers.setter
+    def registers(self, registers: Mapping[str, int]) -> None:
+        self._registers = registers
 
 
 class ExecutionCanceledByHost(GuestFailure):
@@ -2122,7 +2133,7 @@ class _Guest:
     def _explain(self, failure: GuestFailure) -> bool:
         """Attach what is known about the moment of *failure*; return whether a debugger has undone it."""
         with contextlib.suppress(kvm_abi.KvmError):
-            failure.registers = self.vm.registers()
+            failure._registers = self.vm.packed_registers()
         if isinstance(failure, (ExecutionCanceledByHost, EndedByDebugger)):
             return False
         if isinstance(failure, GuestAborted):
@@ -2602,13 +2613,14 @@ class _Metric:
     def _key(self, labels: Mapping[str, str]) -> tuple[str, ...]:
         return tuple([labels[name][: self.MAX_LABEL] for name in self.labels])
 
-    def _change(self, labels: Mapping[str, str], value: float, change: Callable[[list[float]], None]) -> None:
+    def _find(self, labels: Mapping[str, str]) -> tuple[tuple[str, ...], list[float]]:
+        """Return the series to change, with its key; the caller holds the lock."""
         key = self._key(labels)
-        with self._lock:
-            if key not in self._series and len(self._series) >= self.MAX_SERIES:
-                key = (self.OTHER,) * len(key)
-            change(self._series.setdefault(key, self._new_series()))
-        self._emit(self, value, key)
+        if (series := self._series.get(key)) is not None:
+            return key, series
+        if len(self._series) >= self.MAX_SERIES:
+            key = (self.OTHER,) * len(key)
+        return key, self._series.setdefault(key, self._new_series())
 
 
 class Counter(_Metric):
@@ -2618,11 +2630,10 @@ class Counter(_Metric):
 
     def increment(self, **labels: str) -> None:
         """Add one to the count for *labels*."""
-
-        def add_one(series: list[float]) -> None:
+        with self._lock:
+            key, series = self._find(labels)
             series[0] += 1
-
-        self._change(labels, 1, add_one)
+        self._emit(self, 1, key)
 
     def value(self, **labels: str) -> int:
         """Return the count for exactly *labels*."""
@@ -2647,12 +2658,11 @@ class Histogram(_Metric):
 
     def observe(self, seconds: float, **labels: str) -> None:
         """Count one duration for *labels*."""
-
-        def add(series: list[float]) -> None:
+        with self._lock:
+            key, series = self._find(labels)
             series[bisect.bisect_left(self.BOUNDS, seconds)] += 1
             series[-1] += seconds
-
-        self._change(labels, seconds, add)
+        self._emit(self, seconds, key)
 
     def count(self, **labels: str) -> int:
         """Return how many durations were counted for exactly *labels*."""
@@ -3368,6 +3378,8 @@ class _VirtualMachine:
     ) -> None:
         self._slots: dict[int, _Slot] = {}
         self._loaded = b""  # the registers in the kvm_run page
+        self._registers = kvm_abi.kvm_regs()
+        self._get_registers = [kvm_abi.PreparedIoctl(kvm_abi.KVM_GET_REGS, self._registers)]
         self._closers: list[Callable[[], object]] = []
         self._finalizer = weakref.finalize(self, _close_all, self._closers)
         self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest
@@ -3478,7 +3490,12 @@ class _VirtualMachine:
 
     def registers(self) -> dict[str, int]:
         """Return the general registers by name."""
-        return dict(zip(_NO_REGISTERS, _REGISTERS.unpack(self.vcpu.get_regs()), strict=True))
+        return _named(self.packed_registers())
+
+    def packed_registers(self) -> bytes:
+        """Return the general registers as kvm_regs."""
+        kvm_abi.make_ioctls(self.vcpu.fd, self._get_registers)
+        return bytes(self._registers)
 
     def load_sregs(self, sregs: kvm_abi.kvm_sregs) -> None:
         """Set the special registers, and drop whatever translations KVM holds.
@@ -3582,6 +3599,12 @@ _SYNC_EVENTS = _SYNC_REGS + kvm_abi.kvm_sync_regs.events.offset
 _NO_REGISTERS = {name: 0 for name, *_ in kvm_abi.kvm_regs._fields_}
 _REGISTERS = struct.Struct(f"<{len(_NO_REGISTERS)}Q")
 """kvm_regs."""
+
+
+
+def _named(registers: bytes) -> dict[str, int]:
+    return dict(zip(_NO_REGISTERS, _REGISTERS.unpack(registers), strict=True))
+
 
 _MAX_EXITS_OF_AN_ACCESS = 16
 

@@ -2615,6 +2615,8 @@ class IoStack:
 
     def drain(self) -> None:
         """Pop until the stack is empty or corrupt. Each pop lowers the stack pointer: this ends."""
+        if self.is_empty:  # as nearly always
+            return
         with suppress(IoStackError):
             while not self.is_empty:
                 self.pop()
