@@ -1559,10 +1559,15 @@ def _install_kick_handler(signal_number: int) -> None:
     The handler must be C: Python's own run later, and only in the main thread. ``abs`` is one, it
     takes an int, touches nothing and is in every libc.
     """
-    action = _Sigaction(handler=ctypes.cast(kvm_abi.libc.abs, ctypes.c_void_p))  # no SA_RESTART
-    if kvm_abi.libc.sigaction(signal_number, ctypes.byref(action), None) != 0:
+    if kvm_abi.libc.sigaction(signal_number, _harmless_action(), None) != 0:
         number = ctypes.get_errno()
         raise HyperlightError(f"sigaction({signal_number}) failed: {os.strerror(number)}")
+
+
+@functools.cache
+def _harmless_action() -> object:
+    """Return a reference to the struct sigaction, which it keeps. It has no SA_RESTART."""
+    return ctypes.byref(_Sigaction(handler=ctypes.cast(kvm_abi.libc.abs, ctypes.c_void_p)))
 
 
 class _Sigaction(ctypes.Structure):
@@ -1630,16 +1635,15 @@ class Snapshot:
         return bytes(top)
 
     def _check_host_functions(self, offered: HostFunctions) -> None:
-        missing = [name for name in self.signatures if name not in offered]
-        other = [
-            f"{name} is {offered[name].signature}, was {signature}"
-            for name, signature in self.signatures.items()
-            if name in offered and offered[name].signature != signature
-        ]
-        if missing or other:
+        differences = []
+        for name, signature in self.signatures.items():
+            if (function := offered.get(name)) is None:
+                differences.append(f"{name} is missing")
+            elif function.signature != signature:
+                differences.append(f"{name} is {function.signature}, was {signature}")
+        if differences:
             raise SnapshotHostFunctionMismatch(
-                "the snapshot's guest may call host functions that differ here: "
-                + "; ".join([*(f"{name} is missing" for name in missing), *other])
+                f"the snapshot's guest may call host functions that differ here: {'; '.join(differences)}"
             )
 
     def __repr__(self) -> str:
@@ -3378,8 +3382,6 @@ class _VirtualMachine:
     ) -> None:
         self._slots: dict[int, _Slot] = {}
         self._loaded = b""  # the registers in the kvm_run page
-        self._registers = kvm_abi.kvm_regs()
-        self._get_registers = [kvm_abi.PreparedIoctl(kvm_abi.KVM_GET_REGS, self._registers)]
         self._closers: list[Callable[[], object]] = []
         self._finalizer = weakref.finalize(self, _close_all, self._closers)
         self._finalizer.atexit = False  # the kernel does it; a daemon thread may still run a guest
@@ -3435,12 +3437,10 @@ class _VirtualMachine:
         if gpa in self._slots:
             return
         number = min({*range(len(self._slots) + 1)} - {slot.number for slot in self._slots.values()})
-        flags = kvm_abi.MemFlag(0) if writable else kvm_abi.MemFlag.READONLY
+        flags = 0 if writable else int(kvm_abi.MemFlag.READONLY)
         slot = self._slots[gpa] = _Slot(number, mapping, mapping.hold())
         try:
-            mapping.with_hva(
-                lambda hva: self._vm.set_user_memory_region(number, flags, gpa, mapping.size, hva)
-            )
+            mapping.with_hva(functools.partial(self._vm.set_user_memory_region, number, flags, gpa, mapping.size))
         except kvm_abi.KvmError:
             del self._slots[gpa]
             raise
@@ -3494,8 +3494,14 @@ class _VirtualMachine:
 
     def packed_registers(self) -> bytes:
         """Return the general registers as kvm_regs."""
-        kvm_abi.make_ioctls(self.vcpu.fd, self._get_registers)
-        return bytes(self._registers)
+        registers, get_registers = self._read_registers
+        kvm_abi.make_ioctls(self.vcpu.fd, get_registers)
+        return bytes(registers)
+
+    @functools.cached_property
+    def _read_registers(self) -> tuple[kvm_abi.kvm_regs, list[kvm_abi.PreparedIoctl]]:
+        registers = kvm_abi.kvm_regs()
+        return registers, [kvm_abi.PreparedIoctl(kvm_abi.KVM_GET_REGS, registers)]
 
     def load_sregs(self, sregs: kvm_abi.kvm_sregs) -> None:
         """Set the special registers, and drop whatever translations KVM holds.

@@ -1274,7 +1274,8 @@ class _Handle:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self._fd >= 0:
+            self.close()
 
     def __repr__(self) -> str:
         state = f"fd {self._fd}" if self._fd >= 0 else "closed"

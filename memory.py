@@ -861,7 +861,7 @@ class SharedMemory:
             raise ValueRangeError(f"{value!r} does not fit {8 * codec.size} unsigned bits") from error
 
     def _check_open(self) -> None:
-        if self.closed:
+        if self._limit < 0:
             raise HyperlightError("the shared memory is closed")
 
     def _refuse(self, offset: int, size: int, *, writing: bool = False) -> NoReturn:
