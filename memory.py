@@ -2615,7 +2615,7 @@ class IoStack:
 
     def drain(self) -> None:
         """Pop until the stack is empty or corrupt. Each pop lowers the stack pointer: this ends."""
-        if self.is_empty:  # as nearly always
+        if self._memory.open_view(self._top)[0] == EMPTY_IO_STACK:  # as nearly always
             return
         with suppress(IoStackError):
             while not self.is_empty:
