@@ -113,6 +113,7 @@ __all__ = [
     "SNAPSHOT_PT_GVA_MAX",
     "SNAPSHOT_PT_GVA_MIN",
     "SUPPORTED_GUEST_VERSIONS",
+    "AdjacentMemories",
     "BoundsCheckFailed",
     "CloseSpan",
     "Double",
