@@ -321,9 +321,10 @@ class GuestFailure(HyperlightError):
     @property
     def registers(self) -> Mapping[str, int]:
         """The vCPU's general registers by name."""
-        if isinstance(self._registers, bytes):
-            self._registers = _named(self._registers)
-        return self._registers
+        registers = self._registers
+        if isinstance(registers, bytes):
+            registers = self._registers = _named(registers)
+        return registers
 
     @registers.setter
     def registers(self, registers: Mapping[str, int]) -> None:
@@ -1758,9 +1759,13 @@ class _Ram:
             self._harmless = changed
         if changed is None or changed is not self._harmless:
             self.translations_are_stale = True
-            self._both.discard()
+            self.discard()
         else:
             self._both.revert(changed)
+
+    def discard(self) -> None:
+        """Drop what the guest changed, whatever it is."""
+        self._both.discard()
 
     def slots(self) -> list[tuple[int, SharedMemory, bool]]:
         """Return (gpa, mapping, writable by the guest) of both."""
@@ -3233,7 +3238,7 @@ class _Platform:
             raise SnapshotMismatch("the snapshot's guest had a timer: use SandboxConfiguration(hardware_timer=True)")
 
     def restore(self, state: PlatformState) -> None:
-        """Put a fresh vCPU to *state*, which was checked; after the special registers."""
+        """Put a fresh vCPU to *state*, which was checked."""
         initial = self._initial
         if (state.xcrs or initial.xcrs, {**initial.msrs, **state.msrs}) != (initial.xcrs, initial.msrs):
             kvm_abi.make_ioctls(self._vcpu.fd, self.prepare_reset(state))
@@ -3366,9 +3371,13 @@ class _Slot:
 
 
 def _close_all(closers: list[Callable[[], object]]) -> None:
-    """Close what was opened, the last first."""
-    while closers:
-        closers.pop()()
+    """Close what was opened, the last first; what one of them raises comes out when all are closed."""
+    try:
+        while closers:
+            closers.pop()()
+    finally:
+        if closers:
+            _close_all(closers)
 
 
 class _VirtualMachine:
@@ -4805,8 +4814,8 @@ class _Checkpoint:
         if guest._begin_again is not self._call or guest._ram is not self._ram:
             raise HyperlightError("what was kept is of another call, or of a time before a restore")
         guest._abort_bytes[:], guest._fault = self._abort_bytes, None
+        guest._ram.discard()
         for mapping, runs in self._pages:
-            mapping.discard()
             for offset, content in runs:
                 if mapping.read(offset, len(content)) != content:
                     mapping.write(offset, content)

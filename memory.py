@@ -903,6 +903,7 @@ class AdjacentMemories:
         self.scratch = SharedMemory(scratch_size, within=(extent, PAGE_SIZE))
         self.image = source.map_private((extent, PAGE_SIZE + self._image_offset))
         self._presets: list[tuple[int, bytes]] = []
+        self._has_presets = True
         self._pagemap: PageMap | None = None  # until it is needed
         self._planned: ChangedPages | None = None
         self._plan: list[tuple[memoryview, bytes]] = []  # what to write where, to revert that
@@ -925,6 +926,8 @@ class AdjacentMemories:
             HyperlightError: the memory is closed.
         """
         self.scratch._check_open()
+        if not self._has_presets:
+            return None
         if self._pagemap is None:
             self._pagemap = PageMap(self.scratch._address, self._size)
         return self._pagemap.changed()
@@ -956,7 +959,9 @@ class AdjacentMemories:
                 content = self.image._original(offset, end - self._image_offset)
                 plan.append((self.image.view(offset, end - begin), content))
         if sum(end - begin for begin, end in changed.runs) <= _MAX_PLAN_SIZE:
-            self._planned, self._plan = changed, plan
+            self._planned = None  # a plan is never taken for another's, wherever this is interrupted
+            self._plan = plan
+            self._planned = changed
         return plan
 
     def _original_scratch(self, begin: int, end: int) -> bytes:
@@ -972,10 +977,12 @@ class AdjacentMemories:
         self._discard_from(0)
 
     def _discard_from(self, offset: int) -> None:
+        self._has_presets = False  # of an interrupted discard it is not known how far it came
         self.scratch.discard(min(offset, self.scratch.size))
         self.image.discard(max(offset - self._image_offset, 0))
         for place, data in self._presets:
             self.scratch.write(place, data)
+        self._has_presets = True
 
     def close(self) -> None:
         """Close both."""
@@ -1031,7 +1038,7 @@ class PageMap:
             category_anyof_mask=_PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,
         )
         self._scan: Callable[[], int] | None = partial(_libc.ioctl, self._fd, _PAGEMAP_SCAN, ctypes.byref(self._order))
-        self._last_found = b""
+        self._last_found: bytes | None = b""
         self._last = ChangedPages([], size)
 
     def changed(self) -> ChangedPages | None:
@@ -1050,6 +1057,7 @@ class PageMap:
         if found != self._last_found:
             regions = _PAGE_REGION.iter_unpack(found)
             begin = self._address
+            self._last_found = None  # until all of it is there
             self._last = ChangedPages([(start - begin, end - begin) for start, end, _ in regions], self._size)
             self._last_found = found
         return self._last
@@ -1066,6 +1074,7 @@ class PageMap:
             return None
         if pages != self._last_found:
             runs = _POPULATED_RUN.finditer(pages)
+            self._last_found = None
             self._last = ChangedPages([(run.start() * PAGE_SIZE, run.end() * PAGE_SIZE) for run in runs], size)
             self._last_found = pages
         return self._last
@@ -3014,25 +3023,27 @@ def encode_function_call(
     Spec: abi.md 10.3.
     """
     shape: list[Any] = [name, call_type, return_type]
-    filling: tuple[Any, ...] = ()
+    filling: list[Any] = []
     for wire_type, value in parameters:
         extent, own = _PARAMETER_LEAVES[wire_type](value)
         shape += wire_type, extent
-        filling = own + filling  # the layout grows from its end: the first parameter has the highest address
+        filling += own
+    filling.reverse()  # the layout grows from its end: the first parameter has the highest address
     return _call_plan(*shape).fill(filling)
 
 
 def encode_guest_call(name: str, values: Iterable[Any], return_type: ReturnType) -> bytes:
     """Encode a call of a guest function; each value travels under its `wire_type_of`. Raises as both do."""
     shape: list[Any] = [name, _GUEST_CALL, return_type]
-    filling: tuple[Any, ...] = ()
+    filling: list[Any] = []
     for value in values:
         wire_type = _WIRE_TYPES.get(type(value))
         if wire_type is None:
             wire_type = wire_type_of(value)
         extent, own = _PARAMETER_LEAVES[wire_type](value)
         shape += wire_type, extent
-        filling = own + filling  # as in encode_function_call
+        filling += own
+    filling.reverse()  # as in encode_function_call
     return _call_plan(*shape).fill(filling)
 
 

@@ -32,6 +32,7 @@ from hyperlight import (
     GuestFailure,
     Long,
     MultiUseSandbox,
+    SandboxConfiguration,
     SandboxStatus,
     Snapshot,
     UninitializedSandbox,
@@ -240,6 +241,20 @@ class Turns:
 def test_restore_of_another_snapshot(subject: Subject) -> None:
     turns = Turns(subject)
     interrupt_everywhere(turns.restore, turns.check, may_lose=8, step=2)
+
+
+def test_restore_of_so_many_pages_that_they_are_discarded() -> None:
+    config = SandboxConfiguration(heap_size=4 << 20, scratch_size=16 << 20)
+    with UninitializedSandbox("simpleguest", config).evolve() as sandbox:
+        snapshot = sandbox.snapshot()
+
+        def check() -> None:
+            sandbox.restore(snapshot)
+            assert sandbox.call("Echo", "as ever", returns=str) == "as ever"
+            sandbox.call("CallMalloc", 2 << 20, returns=int)
+
+        check()
+        interrupt_everywhere(lambda: sandbox.restore(snapshot), check, may_lose=2)
 
 
 def test_core_dump_right_after_a_restore(subject: Subject, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -615,6 +617,39 @@ def test_presets_are_there_after_every_way_back(both: memory.AdjacentMemories) -
         assert both.image.read(0, SIZE) == pattern(SIZE)
     with pytest.raises(BoundsCheckFailed):
         both.preset(SIZE - 1, b"xy")
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_discard_that_fails_half_way_is_done_again(
+    both: memory.AdjacentMemories, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Two memories are discarded and three presets written; whichever of these fails, nothing is taken for done."""
+    presets = {0: b"begin", PAGE_SIZE - 2: b"across", SIZE - 3: b"end"}
+    for offset, data in presets.items():
+        both.preset(offset, data)
+    expected = both.scratch.read(0, SIZE)
+    both.scratch.fill(0, SIZE, 0xEE)
+    both.image.fill(0, SIZE, 0xEE)
+    calls = itertools.count()
+
+    def failing(method: Callable[..., None]) -> Callable[..., None]:
+        def fail(*arguments: Any) -> None:
+            if next(calls) == step:
+                raise memory.MmapFailed(12, "cannot")
+            method(*arguments)
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        for name in ("discard", "write"):
+            patch.setattr(SharedMemory, name, failing(getattr(SharedMemory, name)))
+        with pytest.raises(memory.MmapFailed):
+            both.discard()
+    assert both.changed() is None
+    both.discard()
+    assert both.scratch.read(0, SIZE) == expected
+    assert both.image.read(0, SIZE) == pattern(SIZE)
+    assert both.changed() is not None
 
 
 def test_run_of_changed_pages_may_lie_partly_under_an_overlay(both: memory.AdjacentMemories) -> None:
