@@ -748,10 +748,10 @@ class HostFunction:
         Raises whatever the function raises, and ``UnexpectedNoOfArguments`` or
         ``ParameterValueConversionFailure`` before it is called.
         """
-        values = []
         if (parameters := self.parameters) is None:
             values = [value for _, value in arguments]
         else:
+            values = []
             if len(arguments) != len(parameters):
                 raise UnexpectedNoOfArguments(
                     "The number of arguments to the function is wrong: "
@@ -3616,7 +3616,6 @@ _SYNC_EVENTS = _SYNC_REGS + kvm_abi.kvm_sync_regs.events.offset
 _NO_REGISTERS = {name: 0 for name, *_ in kvm_abi.kvm_regs._fields_}
 _REGISTERS = struct.Struct(f"<{len(_NO_REGISTERS)}Q")
 """kvm_regs."""
-
 
 
 def _named(registers: bytes) -> dict[str, int]:

@@ -1230,7 +1230,7 @@ class PreparedIoctl:
         if isinstance(argument, FlexibleStruct):
             argument.check_count()
         self.name = request.name
-        self.call = int(request), ctypes.byref(argument), least  # the reference keeps the struct
+        self.call = int(request), ctypes.byref(argument), least  # for make_ioctls; the reference keeps the struct
 
 
 def make_ioctls(fd: int, prepared: Iterable[PreparedIoctl]) -> None:

@@ -761,7 +761,7 @@ class SharedMemory:
         self._file.seal()
 
     def map_private(self, within: tuple[_Extent, int] | None = None) -> SharedMemory:
-        """Return a new private, writable mapping of the same file.
+        """Return a new private, writable mapping of the same file; `within` is as in the constructor.
 
         It stays valid when this one is closed. Of a file that is not sealed it shows the content
         that nobody has changed since.
@@ -926,7 +926,7 @@ class AdjacentMemories:
             HyperlightError: the memory is closed.
         """
         self.scratch._check_open()
-        if not self._has_presets:
+        if not self._has_presets:  # nothing tells what else an interrupted discard has left
             return None
         if self._pagemap is None:
             self._pagemap = PageMap(self.scratch._address, self._size)
