@@ -108,7 +108,7 @@ class Bare:
         fd, reason = self._guest.vm.vcpu.fd, self._guest.vm.exit_reason
 
         def run() -> None:
-            if _ioctl(fd, _RUN, None) < 0 or reason[0] != 2:
+            if _ioctl(fd, _RUN, None) < 0 or reason[0] != hyperlight._EXIT_IO:
                 raise OSError(ctypes.get_errno(), "KVM_RUN")
 
         return run
@@ -126,24 +126,49 @@ class Bare:
         return call_host
 
     def _restore(self) -> Callable[[], object]:
-        both, vm = self._guest._ram._both, self._guest.vm
-        assert both._pagemap is not None
-        scan, plan, page = both._pagemap._scan, both._plan, self._page
-        assert scan is not None and plan
-        fd, ioctls = vm.vcpu.fd, [prepared.call[:2] for prepared in vm._resets]
+        ram, vm, page = self._guest._ram, self._guest.vm, self._page
+        is_written_over = ram._harmless is not None and ram._harmless is ram._both._planned
+        put_back = self._write_over() if is_written_over else self._discard()
+        resets = vm._resets if is_written_over else vm._flushing_resets
+        fd, ioctls = vm.vcpu.fd, [prepared.call[:2] for prepared in resets]
         begin, state = hyperlight._SYNC_SREGS, vm._reset_state
         end, dirty = begin + len(state), hyperlight._DIRTY_REGS
 
         def restore() -> None:
-            scan()
-            for place, content in plan:
-                place[:] = content
+            put_back()
             for request, argument in ioctls:
                 _ioctl(fd, request, argument)
             page[begin:end] = state
             page[dirty] |= hyperlight._SREGS_EVENTS
 
         return restore
+
+    def _write_over(self) -> Callable[[], object]:
+        """Return what looks for the pages that a call has changed, and writes over those that it always changes."""
+        both = self._guest._ram._both
+        assert both._pagemap is not None
+        look, plan = both._pagemap._scan or both._pagemap._read, both._plan
+
+        def write_over() -> None:
+            look()
+            for place, content in plan:
+                place[:] = content
+
+        return write_over
+
+    def _discard(self) -> Callable[[], object]:
+        """Return what drops all pages: page tables are among those that have changed (spec/kvm-hosts.md 2.9)."""
+        both, madvise, dont_need = self._guest._ram._both, memory._libc.madvise, memory._MADV_DONTNEED
+        ranges = [(mapping._address, mapping.size) for mapping in (both.scratch, both.image)]
+        words = [(both.scratch.view(offset, len(data)), data) for offset, data in both._presets]
+
+        def discard() -> None:
+            for address, size in ranges:
+                madvise(address, size, dont_need)
+            for place, data in words:
+                place[:] = data
+
+        return discard
 
     def _from_snapshot(self) -> Callable[[], _Made]:
         snapshot, guest = self._snapshot, self._guest
