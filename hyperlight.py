@@ -1618,7 +1618,7 @@ class Snapshot:
         return self.sregs is not None
 
     @functools.cached_property
-    def scratch_top(self) -> bytes:
+    def _scratch_top(self) -> bytes:
         """The end of scratch as the guest expects it (abi.md 5.3; guest-versions.md 5)."""
         layout, elf = self.layout, self.elf
         words = {
@@ -1742,7 +1742,7 @@ class _Ram:
             self._harmless: memory.ChangedPages | None = None  # which are no page tables
             for offset in (0, layout.input_data_size):
                 self._both.preset(offset, memory.EMPTY_IO_STACK.to_bytes(8, "little"))
-            self._both.preset(layout.scratch_size - len(snapshot.scratch_top), snapshot.scratch_top)
+            self._both.preset(layout.scratch_size - len(snapshot._scratch_top), snapshot._scratch_top)
         except BaseException:
             self.close()
             raise

@@ -28,16 +28,16 @@ import kvm_abi
 import memory
 from hyperlight import MultiUseSandbox
 
-_MAP_RESERVED, _MAP_ZEROS, _MAP_FILE = 0x4022, 0x4032, 0x4012  # private, no reserve; anonymous, fixed, both
-_READ_WRITE = 3
+_MAP_FILE = memory._MAP_PRIVATE | memory._MAP_FIXED | memory._MAP_NORESERVE
+_MAP_ZEROS = _MAP_FILE | memory._MAP_ANONYMOUS
+_MAP_RESERVED = _MAP_ZEROS & ~memory._MAP_FIXED
+_READ_WRITE = memory._PROT_READ | memory._PROT_WRITE
 
 _ioctl = kvm_abi._quick_ioctl
 _RUN, _CREATE_VM, _CREATE_VCPU = map(int, (kvm_abi.KVM_RUN, kvm_abi.KVM_CREATE_VM, kvm_abi.KVM_CREATE_VCPU))
 _SET_REGION, _SET_CPUID2 = int(kvm_abi.KVM_SET_USER_MEMORY_REGION), int(kvm_abi.KVM_SET_CPUID2)
 
-_mmap = kvm_abi.libc["mmap"]
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = memory._libc.mmap.argtypes
+_mmap = memory._libc.mmap
 
 
 class _Made(NamedTuple):
@@ -175,7 +175,8 @@ class Bare:
         layout, image_size, file = snapshot.layout, snapshot.memory.size, snapshot.memory.fileno()
         scratch_size, page_size = layout.scratch_size, memory.PAGE_SIZE
         outer_size = scratch_size + image_size + 3 * page_size
-        kvm = os.open(hyperlight.KVM_PATH, os.O_RDWR | os.O_CLOEXEC)
+        self._kvm = hyperlight._open_kvm()  # closed when this host is forgotten
+        kvm = self._kvm.fd
         regions = [
             kvm_abi.kvm_userspace_memory_region(slot=slot, guest_phys_addr=gpa, memory_size=mapping.size)
             for slot, (gpa, mapping, _) in enumerate(guest._ram.slots())
@@ -191,7 +192,7 @@ class Bare:
         regs_at, sregs_at = hyperlight._SYNC_REGS, hyperlight._SYNC_SREGS
 
         def from_snapshot() -> _Made:
-            outer = _mmap(None, outer_size, 0, _MAP_RESERVED, -1, 0)
+            outer = _mmap(None, outer_size, memory._PROT_NONE, _MAP_RESERVED, -1, 0)
             scratch = outer + page_size
             image = scratch + scratch_size + page_size
             _mmap(scratch, scratch_size, _READ_WRITE, _MAP_ZEROS, -1, 0)
